@@ -1,0 +1,1 @@
+"""What the processes of VNet say to each other, and how it travels."""

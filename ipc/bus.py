@@ -1,0 +1,283 @@
+"""The bus between workers: ZeroMQ over unix sockets, the only module that touches ZeroMQ.
+
+tun and each proxy bind one ROUTER socket at `<bus dir>/<slot>`; the others join with a DEALER.
+Every connection is encrypted and authenticated with CURVE (RFC 26/CURVEZMQ); a ZAP handler (RFC
+27/ZAP) with an allow-list maps the key of a client to its worker slot, so the receiver knows who
+speaks whatever the peer says of itself, and `ipc.permits` decides what it may say.
+
+Contexts and sockets must be made after the fork. Nothing here blocks: sockets are driven by the
+event loop through their edge-triggered descriptor, so after each send the socket is looked at
+again.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import zmq
+from zmq.utils import z85
+
+from ipc import codec
+from ipc.errors import BusyError, ConversationError, ForbiddenMessageError, PeerGoneError
+from ipc.messages import AnyMessage, BusKeys, Message
+from ipc.permits import Role, role_of
+
+log = logging.getLogger(__name__)
+
+ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by RFC 27
+ZAP_DOMAIN = b"vnet"
+# Messages queued per peer before a sender is told it is busy; a held SYN or a question is a few
+# hundred bytes, so this bounds a peer's queue to a few hundred kilobytes.
+HIGH_WATER_MARK = 4096
+# One wake-up handles so many messages before other descriptors get their turn.
+BATCH = 64
+
+
+class _Driven:
+    """A ZeroMQ socket driven by the event loop."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: "zmq.Socket[bytes]",
+        on_frames: Callable[[list[zmq.Frame]], None],
+    ) -> None:
+        self._loop = loop
+        self._on_frames = on_frames
+        self._drain_is_due = False
+        self.socket = socket
+        self._descriptor = int(socket.getsockopt(zmq.FD))
+        loop.add_reader(self._descriptor, self._drain)
+        self._look_again()
+
+    def send(self, frames: list[bytes]) -> None:
+        """Sends without blocking; raises zmq.Again when the queue is full."""
+        try:
+            self.socket.send_multipart(frames, zmq.NOBLOCK)
+        finally:
+            self._look_again()
+
+    def close(self) -> None:
+        if not self.socket.closed:
+            self._loop.remove_reader(self._descriptor)
+            self.socket.close(linger=0)
+
+    def _look_again(self) -> None:
+        if not self._drain_is_due:
+            self._drain_is_due = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._drain_is_due = False
+        for _ in range(BATCH):
+            if self.socket.closed:
+                return
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._on_frames(frames)
+        self._look_again()
+
+
+class BusContext:
+    """The ZeroMQ context of one worker, with the allow-list for those who join its socket."""
+
+    def __init__(self, bus_dir: Path, slot: str, keys: BusKeys) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._dir = bus_dir
+        self._slot = slot
+        self._keys = keys
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._slot_of_key = {z85.decode(key): peer for peer, key in keys.peers.items()}
+        self._driven: list[_Driven] = []
+        handler = self._context.socket(zmq.REP)
+        handler.bind(ZAP_ENDPOINT)
+        self._zap = self._drive(handler, self._authenticate)
+
+    def serve(
+        self,
+        on_message: Callable[[str, AnyMessage], None],
+        on_breach: Callable[[str, ConversationError], None],
+    ) -> "BusServer":
+        """Binds this worker's own socket; see BusServer."""
+        return BusServer(self, on_message, on_breach)
+
+    def join(
+        self,
+        server_slot: str,
+        on_message: Callable[[AnyMessage], None],
+        on_breach: Callable[[str, ConversationError], None],
+        on_connect: Callable[[], None],
+    ) -> "BusClient":
+        """Connects to another worker's socket; see BusClient."""
+        return BusClient(self, server_slot, on_message, on_breach, on_connect)
+
+    def close(self) -> None:
+        """Closes every socket; what is still queued is dropped."""
+        for driven in self._driven:
+            driven.close()
+        self._context.term()
+
+    def make_server_socket(self, on_frames: Callable[[list[zmq.Frame]], None]) -> _Driven:
+        """A bound ROUTER socket at `<bus dir>/<slot>`."""
+        socket = self._make_socket(zmq.ROUTER)
+        socket.curve_server = True
+        socket.zap_domain = ZAP_DOMAIN
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Workers of other users connect through the group of the directory.
+        mask = os.umask(0o007)
+        try:
+            # libzmq unlinks and binds again without asking; that nobody else uses the path is
+            # what the supervisor's lock and its reaping of the predecessor ensure.
+            socket.bind(f"ipc://{self._dir / self._slot}")
+        finally:
+            os.umask(mask)
+        return self._drive(socket, on_frames)
+
+    def make_client_socket(
+        self,
+        server_slot: str,
+        on_frames: Callable[[list[zmq.Frame]], None],
+        on_connect: Callable[[], None],
+    ) -> _Driven:
+        """A DEALER socket connected to `<bus dir>/<server_slot>`."""
+        socket = self._make_socket(zmq.DEALER)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._drive(monitor, lambda _frames: on_connect())
+        socket.curve_serverkey = self._keys.peers[server_slot].encode()
+        # A restarted server is found again at once: the wait is on the way of a user's connect.
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        socket.connect(f"ipc://{self._dir / server_slot}")
+        return self._drive(socket, on_frames)
+
+    @property
+    def role(self) -> Role:
+        return role_of(self._slot)
+
+    def _make_socket(self, kind: int) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_MESSAGE_BYTES)
+        socket.curve_publickey = self._keys.public.encode()
+        socket.curve_secretkey = self._keys.secret.encode()
+        return socket
+
+    def _drive(
+        self, socket: "zmq.Socket[bytes]", on_frames: Callable[[list[zmq.Frame]], None]
+    ) -> _Driven:
+        driven = _Driven(self._loop, socket, on_frames)
+        self._driven.append(driven)
+        return driven
+
+    def _authenticate(self, frames: list[zmq.Frame]) -> None:
+        # RFC 27: version, request id, domain, address, identity, mechanism, credentials.
+        slot = None
+        if len(frames) == 7 and frames[5].bytes == b"CURVE":
+            slot = self._slot_of_key.get(frames[6].bytes)
+        request_id = frames[1].bytes if len(frames) > 1 else b""
+        if slot is None:
+            log.warning("a client with an unknown key was refused on the bus")
+            reply = [b"1.0", request_id, b"400", b"unknown key", b"", b""]
+        else:
+            reply = [b"1.0", request_id, b"200", b"OK", slot.encode(), b""]
+        self._zap.send(reply)
+
+
+class BusServer:
+    """The bound end: many peers, each known by the slot its key belongs to."""
+
+    def __init__(
+        self,
+        context: BusContext,
+        on_message: Callable[[str, AnyMessage], None],
+        on_breach: Callable[[str, ConversationError], None],
+    ) -> None:
+        self._role = context.role
+        self._on_message = on_message
+        self._on_breach = on_breach
+        # The routing id is drawn by ROUTER itself, so no peer can take over another's.
+        self._route_of: dict[str, bytes] = {}
+        self._driven = context.make_server_socket(self._receive)
+
+    @property
+    def peers(self) -> Mapping[str, bytes]:
+        """Slots that have spoken at least once."""
+        return self._route_of
+
+    def send(self, slot: str, message: Message) -> None:
+        """Sends to one peer, without blocking.
+
+        Raises:
+            PeerGoneError: that slot never spoke, or is not connected now.
+            BusyError: its queue is full.
+        """
+        route = self._route_of.get(slot)
+        if route is None:
+            raise PeerGoneError(f"{slot} has not joined")
+        try:
+            self._driven.send([route, codec.encode(message)])
+        except zmq.Again as error:
+            raise BusyError(f"{slot} does not read") from error
+        except zmq.ZMQError as error:
+            del self._route_of[slot]
+            raise PeerGoneError(f"{slot} is gone: {error}") from error
+
+    def _receive(self, frames: list[zmq.Frame]) -> None:
+        slot = str(frames[-1].get("User-Id"))
+        try:
+            if len(frames) != 2:
+                raise ForbiddenMessageError(f"a message of {len(frames) - 1} parts")
+            message = codec.decode(frames[1].bytes, role_of(slot), self._role)
+        except ConversationError as error:
+            self._on_breach(slot, error)
+            return
+        self._route_of[slot] = frames[0].bytes
+        self._on_message(slot, message)
+
+
+class BusClient:
+    """The connecting end. Reconnects by itself; what was sent to a dead server may be lost.
+
+    `on_connect` is called after each handshake, so that a restarted server can be told who is
+    there.
+    """
+
+    def __init__(
+        self,
+        context: BusContext,
+        server_slot: str,
+        on_message: Callable[[AnyMessage], None],
+        on_breach: Callable[[str, ConversationError], None],
+        on_connect: Callable[[], None],
+    ) -> None:
+        self._role = context.role
+        self._server = server_slot
+        self._on_message = on_message
+        self._on_breach = on_breach
+        self._driven = context.make_client_socket(server_slot, self._receive, on_connect)
+
+    def send(self, message: Message) -> None:
+        """Sends without blocking.
+
+        Raises:
+            BusyError: the queue is full; the server is gone or does not read.
+        """
+        try:
+            self._driven.send([codec.encode(message)])
+        except zmq.Again as error:
+            raise BusyError(f"{self._server} does not read") from error
+
+    def _receive(self, frames: list[zmq.Frame]) -> None:
+        try:
+            if len(frames) != 1:
+                raise ForbiddenMessageError(f"a message of {len(frames)} parts")
+            message = codec.decode(frames[0].bytes, role_of(self._server), self._role)
+        except ConversationError as error:
+            self._on_breach(self._server, error)
+            return
+        self._on_message(message)

@@ -1,0 +1,347 @@
+"""Every message that crosses a process boundary of VNet, as typed structs.
+
+Two conversations use them: the bus between workers (`ipc.bus`) and the channel between the
+supervisor and one worker (`ipc.channel`). Which role may say what, and to whom, stands in
+`ipc.permits`; how they become bytes in `ipc.codec`. This module is pure.
+
+Addresses travel packed (4 bytes for IPv4, 16 for IPv6, network byte order), because both ends
+need them packed and a malformed one cannot be expressed. Names travel lower-case, without the
+trailing dot, at most 253 characters (RFC 1035 section 2.3.4).
+"""
+
+from enum import StrEnum
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+
+PackedAddress: TypeAlias = Annotated[bytes, Meta(min_length=4, max_length=16)]
+Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
+Id: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=253)]
+# One sentence for a log line or the status page; never a traceback, never a secret.
+SafeText: TypeAlias = Annotated[str, Meta(max_length=500)]
+# CIDR notation, "100.64.0.0/10" or "fd00::/64".
+Range: TypeAlias = Annotated[str, Meta(min_length=3, max_length=64)]
+Slot: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z]+(-[0-9]+)?$")]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# --- Bus: tun and proxy -----------------------------------------------------------------------
+
+
+class Refusal(StrEnum):
+    """Why a connection was not admitted; the program sees "connection refused" for all."""
+
+    UNKNOWN_ADDRESS = "unknown_address"  # no name was ever given this address
+    UNKNOWN_APP = "unknown_app"  # the name stands for no app any more
+    PORT_NOT_ALLOWED = "port_not_allowed"  # not in the app's tcp_ports
+    NOT_LOGGED_IN = "not_logged_in"  # no profile, or the login has expired
+    CERTIFICATE_REFUSED = "certificate_refused"  # the cluster issued no certificate
+    CLUSTER_UNREACHABLE = "cluster_unreachable"  # the proxy or its auth service cannot be reached
+    MFA_REQUIRED = "mfa_required"  # nobody answered the prompt
+    TOO_MANY = "too_many"  # a limit of VNet is reached
+    USER_NOT_ALLOWED = "user_not_allowed"  # this operating system user may not connect
+    TIMED_OUT = "timed_out"  # the dial took longer than the deadline
+    INTERNAL = "internal"  # a fault of VNet; the log says which
+
+
+class ProxyHello(Message, frozen=True, tag=True):
+    """A proxy is ready for dial requests. Sent once after each (re)start."""
+
+    version: int = PROTOCOL_VERSION
+
+
+class DialRequest(Message, frozen=True, tag=True):
+    """A SYN is held: shall it pass? `source` is the program's end, `destination` is virtual."""
+
+    flow_id: Id
+    source: PackedAddress
+    source_port: Port
+    destination: PackedAddress
+    destination_port: Port
+
+
+class DialVerdict(Message, frozen=True, tag=True):
+    """The answer to a DialRequest. `refusal` is None when the SYN may pass."""
+
+    flow_id: Id
+    refusal: Refusal | None = None
+
+
+class DialAbandoned(Message, frozen=True, tag=True):
+    """The held SYN was given up (deadline, limit); the proxy drops what it has dialled."""
+
+    flow_id: Id
+
+
+# --- Bus: dns and proxy -----------------------------------------------------------------------
+
+
+class NameOutcome(StrEnum):
+    """What a name stands for."""
+
+    ADDRESS = "address"  # VNet's: answer with the address
+    NOT_OURS = "not_ours"  # forward upstream
+    RANGE_FULL = "range_full"  # ours, but no address is left: SERVFAIL
+    FAILED = "failed"  # could not be found out: SERVFAIL
+
+
+class ResolveName(Message, frozen=True, tag=True):
+    """What does this name stand for?"""
+
+    request_id: Id
+    name: Name
+
+
+class NameResolved(Message, frozen=True, tag=True):
+    """Answer to ResolveName. `ipv4` is set exactly for ADDRESS.
+
+    The IPv6 address is not sent: it is the prefix followed by the IPv4 address (see
+    `ipc.addresses.ipv6_twin`). `valid_seconds` says how long dns may reuse this answer.
+    """
+
+    request_id: Id
+    outcome: NameOutcome
+    ipv4: Annotated[bytes, Meta(min_length=4, max_length=4)] | None = None
+    valid_seconds: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+
+
+class ResolveAddress(Message, frozen=True, tag=True):
+    """The name behind a virtual IPv4 address is asked for; for PTR questions, RFC 1035 section 3.5."""
+
+    request_id: Id
+    ipv4: Annotated[bytes, Meta(min_length=4, max_length=4)]
+
+
+class AddressResolved(Message, frozen=True, tag=True):
+    """Answer to ResolveAddress; `name` is None when the address was never given out."""
+
+    request_id: Id
+    name: Name | None
+
+
+# --- Channel: supervisor to worker ------------------------------------------------------------
+
+
+class BusKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """CURVE keys (Z85 text, RFC 32/Z85) of one worker slot, and the public keys of its peers."""
+
+    public: Annotated[str, Meta(min_length=40, max_length=40)]
+    secret: Annotated[str, Meta(min_length=40, max_length=40)]
+    peers: dict[Slot, Annotated[str, Meta(min_length=40, max_length=40)]]
+
+    def __repr__(self) -> str:
+        return f"BusKeys(public={self.public!r}, peers={sorted(self.peers)})"
+
+
+class Common(msgspec.Struct, frozen=True, kw_only=True):
+    """What every worker needs to know."""
+
+    slot: Slot
+    proxies: Annotated[int, Meta(ge=1, le=64)]
+    bus_dir: str
+    keys: BusKeys
+    heartbeat_seconds: float
+    log_level: str
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True):
+    """Addresses of this VNet. IPv6 members are None while IPv6 is off."""
+
+    interface: str
+    mtu: int
+    ranges: list[Range]  # virtual IPv4 ranges, VNet's own first; clusters add more
+    tun_ipv4: PackedAddress
+    dns_ipv4: PackedAddress
+    ipv6_prefix: PackedAddress | None  # 16 bytes, the last 8 zero: a /64
+    tun_ipv6: PackedAddress | None
+    dns_ipv6: PackedAddress | None
+
+
+class Upstream(msgspec.Struct, frozen=True, kw_only=True):
+    """One upstream DNS server. `scope` names the interface of a link-local IPv6 address."""
+
+    address: PackedAddress
+    port: Port = 53
+    scope: str = ""
+
+
+class ConfigureTun(Message, frozen=True, tag=True):
+    """First message to tun. Descriptors: [outer device, inner device]."""
+
+    common: Common
+    network: Network
+    max_pending: int
+    pending_seconds: float
+
+
+class ConfigureDns(Message, frozen=True, tag=True):
+    """First message to dns. Descriptors: bound UDP sockets, then bound TCP sockets (listening).
+
+    One UDP and one TCP socket per DNS address, IPv4 first.
+    """
+
+    common: Common
+    network: Network
+    upstream: list[Upstream]
+    ttl_seconds: int
+
+
+class ConfigureProxy(Message, frozen=True, tag=True):
+    """First message to a proxy. No descriptors; listeners follow as ListenerOpened."""
+
+    common: Common
+    network: Network
+    index: int
+    teleport_home: str
+    user_home: str
+    book_path: str
+    max_connections: int
+    ca_file: str
+    insecure: bool
+
+
+class NetworkChanged(Message, frozen=True, tag=True):
+    """Ranges were added or removed; the routes are already there."""
+
+    network: Network
+
+
+class UpstreamChanged(Message, frozen=True, tag=True):
+    """The operating system's nameservers changed."""
+
+    upstream: list[Upstream]
+
+
+class ListenerOpened(Message, frozen=True, tag=True):
+    """A listening socket for a virtual (address, port). Descriptors: [socket].
+
+    Sent as the answer to OpenListener, and after READY for each socket that a predecessor had.
+    """
+
+    address: PackedAddress
+    port: Port
+
+
+class ListenerRefused(Message, frozen=True, tag=True):
+    """The supervisor does not open this listener."""
+
+    address: PackedAddress
+    port: Port
+    reason: SafeText
+
+
+class SetLogLevel(Message, frozen=True, tag=True):
+    """Changes the level of the worker's root logger."""
+
+    level: str
+
+
+class Stop(Message, frozen=True, tag=True):
+    """Finish within `grace_seconds`; the supervisor kills what is left after that."""
+
+    grace_seconds: float
+
+
+# --- Channel: worker to supervisor ------------------------------------------------------------
+
+
+class Ready(Message, frozen=True, tag=True):
+    """The worker is set up and does its work. Up is not ready: only this message is."""
+
+    version: int = PROTOCOL_VERSION
+
+
+class Heartbeat(Message, frozen=True, tag=True):
+    """Sent from the worker's own loop, so that a stuck loop is silent.
+
+    `counters` are totals since the worker's start, except names that end in `_now`, which are
+    present values. Names are listed in docs/architecture.md.
+    """
+
+    counters: dict[Annotated[str, Meta(max_length=64)], int]
+
+
+class OpenListener(Message, frozen=True, tag=True):
+    """Asks for a listening socket on a virtual (address, port)."""
+
+    address: PackedAddress
+    port: Port
+
+
+class CloseListener(Message, frozen=True, tag=True):
+    """This listener is no longer needed; the supervisor closes its copy."""
+
+    address: PackedAddress
+    port: Port
+
+
+class PeerMisbehaved(Message, frozen=True, tag=True):
+    """A worker on the bus sent what it may not send; the supervisor replaces that worker."""
+
+    slot: Slot
+    reason: SafeText
+
+
+class ClusterState(StrEnum):
+    """State of one cluster, as in `vnet status --json`."""
+
+    OK = "ok"
+    LOGIN_EXPIRED = "login_expired"
+    NO_LOGIN = "no_login"
+    HARDWARE_KEY = "hardware_key"
+    UNREACHABLE = "unreachable"
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """One cluster as a proxy sees it. `expires` is RFC 3339 UTC, or None."""
+
+    name: Annotated[str, Meta(max_length=253)]
+    profile: Annotated[str, Meta(max_length=253)]
+    leaf_of: Annotated[str, Meta(max_length=253)] | None
+    state: ClusterState
+    user: Annotated[str, Meta(max_length=500)]
+    expires: Annotated[str, Meta(max_length=40)] | None
+    zones: Annotated[list[Name], Meta(max_length=200)]
+    ranges: Annotated[list[Range], Meta(max_length=20)]
+    # What is wrong and what to do, for `vnet status`; empty when state is ok.
+    problem: SafeText = ""
+
+
+class ClustersReported(Message, frozen=True, tag=True):
+    """All clusters of all profiles, sent after Ready and whenever something changed.
+
+    An empty list with a `problem` says why there is none ("no profile in /home/alice/.tsh ...").
+    """
+
+    clusters: Annotated[list[Cluster], Meta(max_length=1000)]
+    problem: SafeText = ""
+
+
+TunToProxy: TypeAlias = DialRequest | DialAbandoned
+ProxyToTun: TypeAlias = ProxyHello | DialVerdict
+DnsToProxy: TypeAlias = ResolveName | ResolveAddress
+ProxyToDns: TypeAlias = NameResolved | AddressResolved
+SupervisorToWorker: TypeAlias = (
+    ConfigureTun
+    | ConfigureDns
+    | ConfigureProxy
+    | NetworkChanged
+    | UpstreamChanged
+    | ListenerOpened
+    | ListenerRefused
+    | SetLogLevel
+    | Stop
+)
+WorkerToSupervisor: TypeAlias = (
+    Ready | Heartbeat | OpenListener | CloseListener | ClustersReported | PeerMisbehaved
+)
+AnyMessage: TypeAlias = (
+    TunToProxy | ProxyToTun | DnsToProxy | ProxyToDns | SupervisorToWorker | WorkerToSupervisor
+)

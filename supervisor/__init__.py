@@ -1,0 +1,1 @@
+"""The privileged process: devices, sockets, workers, status."""

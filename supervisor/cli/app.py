@@ -1,0 +1,188 @@
+"""The command `vnet`: typer commands, each a thin shell around a function.
+
+What a command needs beyond the control socket is imported when it runs, so that `vnet status`, a
+health check, starts quickly.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from supervisor import control_messages as cm
+from supervisor import settings
+from supervisor.cli import status_view
+from supervisor.cli.control_client import AskError, ask_status, order
+from supervisor.exits import ExitStatus
+from supervisor.status import EXIT_OF_HEALTH, Health
+
+WATCH_SECONDS = 1.0
+WAIT_STEP_SECONDS = 0.1
+
+app = typer.Typer(
+    name="vnet",
+    help="Reach TCP apps behind a Teleport cluster by their names.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="Which running VNet; else VNET_RUN_DIR."),
+]
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `vnet status | head -1`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(int(ExitStatus.OK)) from None
+
+
+def fail(status: ExitStatus, text: str) -> NoReturn:
+    """Ends with one line on standard error."""
+    print(f"vnet: {text}", file=sys.stderr)
+    raise SystemExit(int(status))
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print again every second.")] = False,
+    wait: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="Wait until healthy, at most so long."),
+    ] = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Show whether VNet works. Exit status 0 healthy, 1 degraded or starting, 3 not running.
+
+    Example: vnet status --wait 10 && psql -h pg.example.test
+    """
+    where = settings.run_dir(run_dir, os.environ)
+    if watch:
+        _watch(where, as_json=as_json)
+    deadline = time.monotonic() + (wait or 0)
+    while True:
+        failure: AskError | None = None
+        try:
+            found, raw = ask_status(where, cm.Status())
+        except AskError as error:
+            failure = error
+        if (failure is None and found.health is Health.HEALTHY) or time.monotonic() >= deadline:
+            break
+        time.sleep(WAIT_STEP_SECONDS)
+    if failure is not None:
+        fail(failure.status, str(failure))
+    _print(raw.decode().rstrip("\n") if as_json else "\n".join(status_view.lines(found)))
+    raise SystemExit(int(EXIT_OF_HEALTH[found.health]))
+
+
+def _watch(where: Path, *, as_json: bool) -> NoReturn:
+    try:
+        while True:
+            try:
+                found, raw = ask_status(where, cm.Status())
+            except AskError as error:
+                # A restart of the supervisor is part of what is watched.
+                text = f'{{"schema":1,"health":"stopped","reasons":["{error.status.name}"]}}'
+                text = text if as_json else str(error)
+            else:
+                text = raw.decode().strip() if as_json else "\n".join(status_view.lines(found))
+            if not as_json and sys.stdout.isatty():
+                text = f"\x1b[H\x1b[2J{text}"
+            _print(text)
+            time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        raise SystemExit(int(ExitStatus.OK)) from None
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+@app.command()
+def stop(run_dir: RunDir = None) -> None:
+    """Stop a running VNet. Example: sudo vnet stop."""
+    _order(run_dir, cm.Stop())
+
+
+@app.command()
+def reload(run_dir: RunDir = None) -> None:
+    """Read the configuration again. Example: sudo vnet reload."""
+    _order(run_dir, cm.Reload())
+
+
+@app.command()
+def restart(
+    worker: Annotated[str, typer.Argument(help="Name of a worker, or all.")],
+    run_dir: RunDir = None,
+) -> None:
+    """Restart a worker. Example: vnet restart proxy-0."""
+    _order(run_dir, cm.Restart(worker=worker))
+
+
+@app.command("log-level")
+def log_level(
+    level: Annotated[str, typer.Argument(help="debug, info, warning or error.")],
+    run_dir: RunDir = None,
+) -> None:
+    """Change the log level while VNet runs. Example: vnet log-level debug."""
+    if level not in ("debug", "info", "warning", "error"):
+        fail(ExitStatus.USAGE, f"{level!r} is no level: use debug, info, warning or error")
+    _order(run_dir, cm.LogLevel(level=level))
+
+
+def _order(run_dir: Path | None, request: cm.AnyRequest) -> None:
+    try:
+        answer = order(settings.run_dir(run_dir, os.environ), request)
+    except AskError as error:
+        fail(error.status, str(error))
+    _print(answer.text)
+
+
+ClusterFile = Annotated[
+    Path | None,
+    typer.Option("--cluster", metavar="FILE", help="Clusters to embed; see docs/demo.md."),
+]
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def demo(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="What to run in it.")
+    ] = None,
+    cluster: ClusterFile = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Configuration of VNet.")
+    ] = None,
+) -> None:
+    """Run a command in a private network with an embedded cluster and a complete VNet.
+
+    Example: vnet demo -- curl -s http://hello.demo.test/
+    """
+    from demo.session import run_demo  # noqa: PLC0415  # only this command needs the cluster
+
+    raise SystemExit(run_demo(cluster, config, command or []))
+
+
+@app.command("demo-cluster")
+def demo_cluster(
+    home: Annotated[Path, typer.Option(metavar="DIR", help="Where the tsh home is written.")],
+    cluster: ClusterFile = None,
+) -> None:
+    """Run only the embedded cluster, on loopback, until Ctrl-C.
+
+    Example: vnet demo-cluster --home /tmp/tsh
+    """
+    from demo.session import run_cluster  # noqa: PLC0415  # only this command needs the cluster
+
+    raise SystemExit(run_cluster(cluster, home))

@@ -1,0 +1,83 @@
+"""What clusters want of this machine, checked before the system is touched with it. Pure.
+
+A cluster is not trusted by the supervisor: its zones may become file names, its ranges become
+routes.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network, ip_address
+from typing import Final
+
+from ipc.messages import Cluster, Network
+from supervisor.config import is_usable_range
+
+# RFC 1035 section 2.3.1 with underscores, which the DNS itself allows (RFC 2181 section 11).
+_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+# A range larger than this takes a good part of the Internet away.
+SHORTEST_PREFIX: Final = 8
+# Ranges of all clusters together: each is a route.
+MAX_RANGES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What of the clusters' wishes is granted; `problems` says what is not, and why."""
+
+    zones: list[str]
+    ranges: list[str]
+    problems: list[str]
+
+
+def accept(clusters: Sequence[Cluster], network: Network, upstream: Sequence[bytes]) -> Accepted:
+    """Zones and ranges (VNet's own range first) to be used; `upstream` are packed addresses."""
+    problems: list[str] = []
+    zones: list[str] = []
+    ranges = [network.ranges[0]]
+    for cluster in clusters:
+        for zone in cluster.zones:
+            if is_zone(zone):
+                zones.append(zone)
+            else:
+                problems.append(
+                    f"The zone {zone!r} of cluster {cluster.name} is left out: it is no DNS name of"
+                    " two labels or more; correct vnet_config."
+                )
+        for text in cluster.ranges:
+            reason = objection(text, upstream)
+            if reason is None and len(ranges) < MAX_RANGES:
+                ranges.append(str(IPv4Network(text)))
+            else:
+                problems.append(
+                    f"The range {text} of cluster {cluster.name} is left out:"
+                    f" {reason or 'there are too many'}; correct vnet_config."
+                )
+    return Accepted(
+        zones=list(dict.fromkeys(zones)),
+        ranges=list(dict.fromkeys(ranges)),
+        problems=problems,
+    )
+
+
+def is_zone(text: str) -> bool:
+    """Whether this is a DNS name of at least two labels, lower-case, without trailing dot."""
+    labels = text.split(".")
+    return len(labels) >= 2 and len(text) <= 253 and all(map(_LABEL.fullmatch, labels))
+
+
+def objection(text: str, upstream: Sequence[bytes]) -> str | None:
+    """Why this range is not used, or None."""
+    try:
+        if not is_usable_range(text):
+            return "it is too small or of a special kind"
+    except ValueError as error:
+        return str(error)
+    network = IPv4Network(text)
+    if network.prefixlen < SHORTEST_PREFIX:
+        return f"it is larger than a /{SHORTEST_PREFIX}"
+    for packed in upstream:
+        address = ip_address(packed)
+        if address.version == 4 and address in network:
+            return f"it contains the nameserver {address}"
+    return None

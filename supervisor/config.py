@@ -1,0 +1,272 @@
+"""The configuration file, read into a value that cannot be wrong. Pure but for `read`.
+
+Every key is optional. All problems are found in one go, each with its key: unknown keys, wrong
+types, impossible values.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from ipaddress import AddressValueError, IPv4Network, ip_address, ip_network
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from supervisor.exits import MisconfiguredError
+
+DEFAULT_PATH = Path("/etc/vnet/vnet.toml")
+DEFAULT_RANGE = "100.64.0.0/10"  # shared address space, RFC 6598
+# Names need at least 27 addresses beside network, TUN, DNS and broadcast: what Teleport demands.
+MIN_HOST_BITS = 5
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+S = TypeVar("S", bound=_Section)
+
+
+class NetworkConfig(_Section, frozen=True):
+    """The TUN device and VNet's own addresses."""
+
+    interface: str = "vnet0"
+    mtu: int = 65535
+    ipv4_cidr_range: str = "auto"
+    ipv6: Literal["auto", "on", "off"] = "auto"
+
+
+class DnsConfig(_Section, frozen=True):
+    """Upstream servers ("192.0.2.1", "192.0.2.1:5353", "[fe80::1%eth0]:53") and answers."""
+
+    upstream: list[str] = []
+    ttl_seconds: int = 10
+    os_integration: Literal[
+        "auto", "resolved", "networkmanager", "resolvconf", "resolv.conf", "macos", "none"
+    ] = "auto"
+
+
+class ProxyConfig(_Section, frozen=True):
+    """How many proxy workers, and how much they carry together."""
+
+    workers: int = 2
+    max_connections: int = 10_000
+
+
+class TeleportConfig(_Section, frozen=True):
+    """Trust for the web certificates of proxies."""
+
+    ca_file: str = ""
+    insecure: bool = False
+
+
+class SupervisorConfig(_Section, frozen=True):
+    """When a worker is restarted, and when it counts as hung."""
+
+    restart_max: int = 5
+    restart_window_seconds: float = 30
+    heartbeat_seconds: float = 1
+    hang_seconds: float = 5
+
+
+class SecurityConfig(_Section, frozen=True):
+    """Who besides the VNet user and root may connect."""
+
+    allow_users: list[str] = []
+    allow_groups: list[str] = []
+    allow_forwarded_from: list[str] = []
+    http_hosts: dict[str, list[str]] = {}
+
+
+class MetricsConfig(_Section, frozen=True):
+    """Where Prometheus metrics are served; empty is off."""
+
+    listen: str = ""
+
+
+class Config(_Section, frozen=True):
+    """The whole configuration file."""
+
+    user: str = ""
+    teleport_home: str = ""
+    network: NetworkConfig = NetworkConfig()
+    dns: DnsConfig = DnsConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    teleport: TeleportConfig = TeleportConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+    security: SecurityConfig = SecurityConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+
+def read(path: Path | None) -> Config:
+    """The configuration in `path`; without a path the default file, which need not exist.
+
+    Raises:
+        MisconfiguredError: with every problem found.
+    """
+    chosen = path or DEFAULT_PATH
+    try:
+        text = chosen.read_bytes().decode()
+    except FileNotFoundError as error:
+        if path is None:
+            return Config()
+        raise MisconfiguredError([f"{chosen} does not exist"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisconfiguredError([f"{chosen} cannot be read: {error}"]) from error
+    return parse(text)
+
+
+def parse(text: str) -> Config:
+    """The configuration in `text` (TOML).
+
+    Raises:
+        MisconfiguredError: with every problem found.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise MisconfiguredError([f"not valid TOML: {error}"]) from error
+    problems: list[str] = []
+    config = _convert(raw, Config, "", problems)
+    problems.extend(_impossible_values(config))
+    if problems:
+        raise MisconfiguredError(problems)
+    return config
+
+
+def _convert(raw: dict[str, Any], kind: type[S], prefix: str, problems: list[str]) -> S:
+    """Field by field, so that one wrong key does not hide another; wrong ones keep defaults."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        field_type = fields.get(key)
+        if field_type is None:
+            problems.append(f"{name}: unknown key")
+        elif isinstance(field_type, type) and issubclass(field_type, _Section):
+            if isinstance(value, dict):
+                values[key] = _convert(value, field_type, f"{name}.", problems)
+            else:
+                problems.append(f"{name}: expected a table, got {value!r}")
+        else:
+            try:
+                values[key] = msgspec.convert(value, field_type)
+            except msgspec.ValidationError as error:
+                problems.append(f"{name}: {_plain(error)}, got {value!r}")
+    return kind(**values)
+
+
+def _plain(error: msgspec.ValidationError) -> str:
+    text = str(error).split(" - at ")[0]
+    return text[0].lower() + text[1:].replace("`", "")
+
+
+def _impossible_values(config: Config) -> Iterator[str]:
+    for name, value, test, hint in _checks(config):
+        try:
+            reason = "" if test(value) else hint
+        except ValueError as error:
+            reason = f"{hint} ({error})"
+        if reason:
+            yield f"{name}: {reason}, got {value!r}"
+
+
+_Check = tuple[str, Any, Callable[[Any], bool], str]
+
+
+def _checks(config: Config) -> Iterator[_Check]:
+    network, dns, proxy = config.network, config.dns, config.proxy
+    supervisor, security = config.supervisor, config.security
+    yield (
+        "network.interface",
+        network.interface,
+        # Linux: IFNAMSIZ is 16 with the final zero byte.
+        lambda name: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}", name) is not None,
+        "must be 1 to 15 letters, digits, '-', '_' or '.'",
+    )
+    # RFC 8200 section 5: IPv6 needs 1280.
+    yield "network.mtu", network.mtu, _between(1280, 65535), "must be 1280 to 65535"
+    if network.ipv4_cidr_range != "auto":
+        yield (
+            "network.ipv4_cidr_range",
+            network.ipv4_cidr_range,
+            is_usable_range,
+            "must be 'auto' or an IPv4 range of /27 or larger",
+        )
+    for index, server in enumerate(dns.upstream):
+        yield f"dns.upstream[{index}]", server, _is_server, "must be an address or address:port"
+    yield "dns.ttl_seconds", dns.ttl_seconds, _between(0, 86400), "must be 0 to 86400"
+    yield "proxy.workers", proxy.workers, _between(1, 64), "must be 1 to 64"
+    yield (
+        "proxy.max_connections",
+        proxy.max_connections,
+        _between(1, 1_000_000),
+        "must be 1 to 1000000",
+    )
+    yield "supervisor.restart_max", supervisor.restart_max, _between(0, 1000), "must be 0 to 1000"
+    for name, low, high in (
+        ("restart_window_seconds", 1, 86400),
+        ("heartbeat_seconds", 0.1, 60),
+        ("hang_seconds", 1, 3600),
+    ):
+        value = getattr(supervisor, name)
+        yield f"supervisor.{name}", value, _between(low, high), f"must be {low} to {high}"
+    yield (
+        "supervisor.hang_seconds",
+        supervisor.hang_seconds,
+        lambda seconds: seconds > supervisor.heartbeat_seconds,
+        "must be more than supervisor.heartbeat_seconds",
+    )
+    for index, text in enumerate(security.allow_forwarded_from):
+        yield (
+            f"security.allow_forwarded_from[{index}]",
+            text,
+            lambda value: bool(ip_network(value)),
+            "must be a network",
+        )
+    if config.metrics.listen:
+        yield "metrics.listen", config.metrics.listen, _is_host_port, "must be host:port"
+
+
+def _between(low: float, high: float) -> Callable[[float], bool]:
+    return lambda value: low <= value <= high
+
+
+def is_usable_range(text: str) -> bool:
+    """Whether VNet can take its addresses from this IPv4 range.
+
+    Raises:
+        ValueError: it is no IPv4 range, or host bits are set.
+    """
+    network = IPv4Network(text)
+    return MIN_HOST_BITS <= 32 - network.prefixlen < 32 and not (
+        network.is_loopback or network.is_multicast or network.is_link_local
+    )
+
+
+def split_server(text: str) -> tuple[str, int, str]:
+    """`address`, `address:port` or `[address%interface]:port` as (address, port, interface).
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    host, port = text, "53"
+    if match := re.fullmatch(r"\[(.+)\](?::(\d+))?", text):
+        host, port = match[1], match[2] or "53"
+    elif match := re.fullmatch(r"([0-9.]+):(\d+)", text):
+        host, port = match[1], match[2]
+    host, _, scope = host.partition("%")
+    address = ip_address(host)
+    if address.is_unspecified or address.is_multicast or not 0 < int(port) < 65536:
+        raise AddressValueError(f"{text!r} is no address of a server")
+    return str(address), int(port), scope
+
+
+def _is_server(text: str) -> bool:
+    return bool(split_server(text))
+
+
+def _is_host_port(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return bool(host and colon) and port.isdigit() and 0 <= int(port) < 65536

@@ -1,0 +1,66 @@
+"""What `vnet` commands ask a running supervisor over `<run dir>/control.sock`. Pure.
+
+One JSON object and a line feed in each direction, then the connection ends. Who asks is known
+from SO_PEERCRED.
+"""
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+MAX_REQUEST_BYTES = 4096
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="command", tag=str.lower):
+    """Base of all requests; the tag is the command's name."""
+
+
+class Status(Request, frozen=True):
+    """Answered by `supervisor.status.Status` as JSON."""
+
+
+class Stop(Request, frozen=True):
+    """Ends VNet, as SIGTERM does."""
+
+
+class Reload(Request, frozen=True):
+    """Reads the configuration again, as SIGHUP does."""
+
+
+class Restart(Request, frozen=True):
+    """Restarts one worker, or all (`worker` is "all")."""
+
+    worker: Annotated[str, Meta(min_length=1, max_length=32)]
+
+
+class LogLevel(Request, frozen=True, tag="log-level"):
+    """Changes the level of the supervisor and of every worker."""
+
+    level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")]
+
+
+AnyRequest: TypeAlias = Status | Stop | Reload | Restart | LogLevel
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to everything but Status: an exit status of `vnet` and a sentence."""
+
+    status: int
+    text: str
+
+
+_decoder = msgspec.json.Decoder(AnyRequest)
+
+
+def decode(line: bytes) -> AnyRequest:
+    """The request in one line.
+
+    Raises:
+        msgspec.MsgspecError: it is none.
+    """
+    request: AnyRequest = _decoder.decode(line)
+    return request
+
+
+encode = msgspec.json.encode

@@ -1,0 +1,140 @@
+"""TUN devices, their addresses and routes (pytun, rtnetlink)."""
+
+import contextlib
+import errno
+import os
+import socket
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytun
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from supervisor.exits import ConflictError, NotPermittedError, StartupError
+
+TUN_PATH = Path("/dev/net/tun")
+# linux/rtnetlink.h
+RT_TABLE_LOCAL = 255
+RTN_LOCAL = 2
+RT_SCOPE_HOST = 254
+RT_SCOPE_LINK = 253
+IFA_F_NODAD = 0x02
+
+
+def make_tun(name: str) -> pytun.TunTapDevice:
+    """A TUN device without packet information header, non-blocking.
+
+    Raises:
+        NotPermittedError: no CAP_NET_ADMIN, or no /dev/net/tun.
+        ConflictError: the name is taken.
+    """
+    if not TUN_PATH.exists():
+        raise NotPermittedError(
+            f"{TUN_PATH} does not exist: load the module (modprobe tun), or give the container"
+            " the device"
+        )
+    if name in (entry for _, entry in socket.if_nameindex()):
+        raise ConflictError(
+            f"the interface {name} exists already: stop what uses it, or set network.interface"
+        )
+    try:
+        device = pytun.TunTapDevice(name=name, flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
+    except pytun.Error as error:
+        raise _explain(name, error) from error
+    os.set_blocking(device.fileno(), False)
+    return device
+
+
+def _explain(name: str, error: pytun.Error) -> StartupError:
+    number = error.args[0] if error.args else 0
+    if number in (errno.EPERM, errno.EACCES):
+        return NotPermittedError(
+            f"the TUN device {name} cannot be made: CAP_NET_ADMIN and access to {TUN_PATH} are"
+            " needed; run as root (sudo vnet-supervisor)"
+        )
+    if number == errno.EBUSY:
+        return ConflictError(f"the interface {name} is in use: set network.interface")
+    return StartupError(f"the TUN device {name} cannot be made: {error}")
+
+
+def write_setting(path: str, value: str) -> None:
+    """Sets a sysctl of the current network namespace where the system has it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/net", path).write_text(value)
+
+
+class Links:
+    """rtnetlink in the network namespace it was made in."""
+
+    def __init__(self) -> None:
+        self._netlink = IPRoute()
+
+    def close(self) -> None:
+        self._netlink.close()
+
+    def addresses(self) -> set[bytes]:
+        """All packed addresses that this host has."""
+        found = (message.get_attr("IFA_ADDRESS") for message in self._netlink.get_addr())
+        return {ip_network(text).network_address.packed for text in found if text}
+
+    def bring_up(self, name: str, mtu: int | None = None) -> None:
+        index = self._index(name)
+        options = {} if mtu is None else {"mtu": mtu}
+        self._netlink.link("set", index=index, state="up", **options)
+
+    def add_address(self, name: str, address: bytes) -> None:
+        """Adds one address without a subnet; an IPv6 one is usable at once (RFC 4862 5.4)."""
+        version6 = len(address) == 16
+        self._netlink.addr(
+            "add",
+            index=self._index(name),
+            family=socket.AF_INET6 if version6 else socket.AF_INET,
+            address=_text(address),
+            prefixlen=128 if version6 else 32,
+            **({"flags": IFA_F_NODAD} if version6 else {}),
+        )
+
+    def add_route(self, name: str, destination: str, source: bytes) -> None:
+        """Routes a range into the device, with our address as source."""
+        self._route("add", name, destination, prefsrc=_text(source))
+
+    def remove_route(self, name: str, destination: str) -> None:
+        self._route("del", name, destination)
+
+    def add_local(self, destination: str) -> None:
+        """Makes every address of a range one of this namespace's own ("AnyIP")."""
+        self._route(
+            "add", "lo", destination, table=RT_TABLE_LOCAL, type=RTN_LOCAL, scope=RT_SCOPE_HOST
+        )
+
+    def remove_local(self, destination: str) -> None:
+        self._route("del", "lo", destination, table=RT_TABLE_LOCAL, type=RTN_LOCAL)
+
+    def add_exception(self, name: str, address: bytes) -> None:
+        """Routes one address of a local range out through a device.
+
+        It stands in the table `local`, because IPv6 looks there first and ends there.
+        """
+        length = 128 if len(address) == 16 else 32
+        scope = {} if length == 128 else {"scope": RT_SCOPE_LINK}
+        self._route("add", name, f"{_text(address)}/{length}", table=RT_TABLE_LOCAL, **scope)
+
+    def _route(self, command: str, name: str, destination: str, **options: object) -> None:
+        family = socket.AF_INET6 if ":" in destination else socket.AF_INET
+        try:
+            self._netlink.route(
+                command, dst=destination, oif=self._index(name), family=family, **options
+            )
+        except NetlinkError as error:
+            is_done = errno.EEXIST if command == "add" else errno.ESRCH
+            if error.code != is_done:
+                raise
+
+    def _index(self, name: str) -> int:
+        return socket.if_nametoindex(name)
+
+
+def _text(address: bytes) -> str:
+    family = socket.AF_INET6 if len(address) == 16 else socket.AF_INET
+    return socket.inet_ntop(family, address)

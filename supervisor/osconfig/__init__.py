@@ -1,0 +1,1 @@
+"""What VNet reads from and writes to the operating system's settings."""

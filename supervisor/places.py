@@ -1,0 +1,121 @@
+"""The directories of a run: who may enter which, and the lock that makes a run the only one."""
+
+import contextlib
+import fcntl
+import grp
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from supervisor.exits import ConflictError, NotPermittedError, StartupError
+from supervisor.network import PREFIX_RANDOM_BYTES, ula_prefix
+from supervisor.settings import User
+
+# Where numbers for a group nobody is in are looked for; above what distributions give out.
+_FREE_GROUPS = range(64_100, 65_000)
+
+
+class RunDirectory:
+    """`<run dir>`: lock, control socket, bus sockets. Made by `open`, emptied by `close`."""
+
+    def __init__(self, path: Path) -> None:
+        """Takes the lock.
+
+        Raises:
+            ConflictError: another supervisor runs here.
+            NotPermittedError: the directory cannot be made or written.
+        """
+        self.path = path
+        try:
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except PermissionError as error:
+            raise NotPermittedError(
+                f"{path} cannot be written: run as root (sudo vnet-supervisor), or set --run-dir"
+            ) from error
+        except OSError as error:
+            raise StartupError(f"{path} cannot be used: {error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.pread(self._lock, 20, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise ConflictError(
+                f"VNet runs already with {path} (process {pid}): stop it (vnet stop), or set"
+                " --run-dir"
+            ) from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    @property
+    def control_path(self) -> Path:
+        return self.path / "control.sock"
+
+    def make_bus(self, group: int | None) -> Path:
+        """An empty bus directory for sockets of the workers, and of nobody else.
+
+        Workers of different users meet here: a group nobody is in opens it (set-group-id, so
+        that the sockets belong to it; sticky, so that no worker removes another's socket).
+        Where all have one user id the directory is that user's alone.
+        """
+        bus = self.path / "bus"
+        shutil.rmtree(bus, ignore_errors=True)
+        bus.mkdir(mode=0o700)
+        if group is not None:
+            os.chown(bus, -1, group)
+            bus.chmod(0o3770)
+        return bus
+
+    def close(self) -> None:
+        """Removes what the run made and gives the lock back."""
+        shutil.rmtree(self.path / "bus", ignore_errors=True)
+        for name in ("control.sock", "lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+        os.close(self._lock)
+
+
+def unused_group() -> int:
+    """The number of a group that the system has no name for."""
+    taken = {entry.gr_gid for entry in grp.getgrall()}
+    return next(number for number in _FREE_GROUPS if number not in taken)
+
+
+def make_state_directory(path: Path, user: User, *, change_owner: bool) -> Path:
+    """`<state dir>` and in it the VNet user's own directory, which is returned.
+
+    Raises:
+        NotPermittedError: it cannot be made.
+    """
+    own = path / user.name
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        own.mkdir(mode=0o700, exist_ok=True)
+        if change_owner:
+            os.chown(own, user.uid, user.gid, follow_symlinks=False)
+    except OSError as error:
+        raise NotPermittedError(
+            f"the state directory {path} cannot be used ({error.strerror}): run as root, or set"
+            " --state-dir"
+        ) from error
+    return own
+
+
+def ipv6_prefix(state_dir: Path) -> bytes:
+    """The /64 of this machine (16 bytes), drawn at the first start and kept."""
+    path = state_dir / "ipv6-prefix"
+    try:
+        drawn = bytes.fromhex(path.read_text().strip())
+        if len(drawn) == PREFIX_RANDOM_BYTES:
+            return ula_prefix(drawn)
+    except (OSError, ValueError):
+        pass
+    drawn = secrets.token_bytes(PREFIX_RANDOM_BYTES)
+    temporary = path.with_suffix(".new")
+    with contextlib.suppress(OSError):
+        # A state directory that cannot be written costs stable addresses, not the start.
+        temporary.write_text(drawn.hex() + "\n")
+        temporary.replace(path)
+    return ula_prefix(drawn)

@@ -1,0 +1,81 @@
+"""What a worker gives up between fork and work (Linux; see capabilities(7), prctl(2))."""
+
+import ctypes
+import os
+import resource
+import signal
+from dataclasses import dataclass
+
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+# linux/capability.h: version 3, 64 bits in two words
+CAPABILITY_VERSION = 0x20080522
+CAPABILITY_WORDS = 2
+LAST_CAPABILITY_BOUND = 64
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a worker becomes. `extra_group` opens the bus directory; None where uids are one."""
+
+    uid: int
+    gid: int
+    extra_group: int | None
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """SIGKILL for this process when its parent ends; also if it has ended already."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """The name shown by ps and top (15 characters at most)."""
+    _libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def give_up(identity: Identity, max_files: int) -> None:
+    """Becomes `identity` for good, without capabilities or a way to get them.
+
+    Raises:
+        OSError: the kernel refused a step; the worker must not go on.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = max_files if hard == resource.RLIM_INFINITY else min(max_files, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    os.umask(0o077)
+    os.chdir("/")
+    for capability in range(LAST_CAPABILITY_BOUND):
+        # Beyond the kernel's last capability: EINVAL. Without CAP_SETPCAP: EPERM, and then
+        # no_new_privs keeps the bounding set from mattering.
+        _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    if os.getuid() != identity.uid or os.geteuid() == 0:
+        os.setgroups([] if identity.extra_group is None else [identity.extra_group])
+        os.setresgid(identity.gid, identity.gid, identity.gid)
+        os.setresuid(identity.uid, identity.uid, identity.uid)
+    _libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    _drop_capabilities()
+    _prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _drop_capabilities() -> None:
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    nothing = (ctypes.c_uint32 * (3 * CAPABILITY_WORDS))()
+    if _libc.capset(header, nothing) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl {option}: {os.strerror(number)}")

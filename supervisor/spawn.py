@@ -1,0 +1,122 @@
+"""Forks one worker. The child never returns to the supervisor's code.
+
+The child gets its end of the channel, its log pipe and standard error, and closes everything else
+(TUN devices and sockets come over the channel, so that it holds just what it was given). It imports its
+code, then gives up its rights, then starts the event loop.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+
+from ipc.channel import Channel, make_pair
+from ipc.logpipe import WorkerLogHandler, WorkerLogReceiver, make_pipe
+from ipc.permits import Role, role_of
+from supervisor import privileges
+from supervisor.privileges import Identity
+
+# Modules are named, not imported: the supervisor never loads what a worker uses (ZeroMQ starts
+# threads, and they do not survive a fork).
+WORKER_MODULES = {
+    Role.TUN: "workers.tun.worker",
+    Role.DNS: "workers.dns.worker",
+    Role.PROXY: "workers.proxy.worker",
+}
+# Exit status of a worker whose code raised; the traceback is in the log.
+CRASHED = 70
+# Connections need two descriptors each, queries in flight one.
+MAX_FILES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A forked worker, seen from the supervisor."""
+
+    pid: int
+    channel: Channel
+    log_receiver: WorkerLogReceiver
+
+
+def spawn(slot: str, identity: Identity, log_handler: logging.Handler) -> Spawned:
+    """Forks a worker for this slot.
+
+    Raises:
+        OSError: no process or descriptor is left.
+    """
+    ours, theirs = make_pair()
+    log_reader, log_writer = make_pipe()
+    supervisor_pid = os.getpid()
+    with warnings.catch_warnings():
+        # The log receivers are threads of ours; the child touches nothing that they hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        _live(slot, identity, theirs, log_writer, supervisor_pid)
+    theirs.close()
+    os.close(log_writer)
+    role = role_of(slot)
+    return Spawned(
+        pid=pid,
+        channel=Channel(ours, Role.SUPERVISOR, role, takes_descriptors=False),
+        log_receiver=WorkerLogReceiver(log_reader, slot, log_handler),
+    )
+
+
+def _live(
+    slot: str, identity: Identity, end: socket.socket, log_writer: int, supervisor_pid: int
+) -> None:
+    """The whole life of the child."""
+    status = CRASHED
+    try:
+        _cut_loose(slot, end, log_writer, supervisor_pid)
+        logging.getLogger().handlers[:] = [WorkerLogHandler(log_writer)]
+        try:
+            _work(slot, identity, end, supervisor_pid)
+            status = 0
+        except BaseException:
+            logging.getLogger(__name__).exception("%s crashed", slot)
+    except BaseException:  # noqa: BLE001  # the outermost frame: nothing may pass the fork
+        with contextlib.suppress(BaseException):
+            os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(status)
+
+
+def _cut_loose(slot: str, end: socket.socket, log_writer: int, supervisor_pid: int) -> None:
+    privileges.die_with_parent(supervisor_pid)
+    privileges.name_process(f"vnet-{slot}")
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    _close_all_but({0, 1, 2, end.fileno(), log_writer})
+    faulthandler.enable(file=2, all_threads=True)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    # The supervisor's objects still hold these numbers, but none of them is collected: its frames are
+    # below this one on the stack, and the child leaves with _exit.
+    lowest = 0
+    for descriptor in sorted(kept):
+        # An empty range would reach close_range(2) as one without end.
+        if lowest < descriptor:
+            os.closerange(lowest, descriptor)
+        lowest = descriptor + 1
+    os.closerange(lowest, max(MAX_FILES, os.sysconf("SC_OPEN_MAX")))
+
+
+def _work(slot: str, identity: Identity, end: socket.socket, supervisor_pid: int) -> None:
+    runtime = importlib.import_module("workers.runtime")
+    module = importlib.import_module(WORKER_MODULES[role_of(slot)])
+    privileges.give_up(identity, MAX_FILES)
+    # A change of user id clears it.
+    privileges.die_with_parent(supervisor_pid)
+    sys.stdin.close()
+    runtime.run(slot, end, module.main)

@@ -1,0 +1,163 @@
+"""What `vnet status` shows: values of docs/schema, and how health follows from them. Pure."""
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from ipc.messages import Cluster, ClusterState
+from supervisor.exits import ExitStatus
+from supervisor.worker_states import WorkerState
+
+SCHEMA: Final = 1
+
+
+class Health(StrEnum):
+    """The one-word summary."""
+
+    STARTING = "starting"
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    STOPPED = "stopped"
+
+
+EXIT_OF_HEALTH: Final = {
+    Health.STARTING: ExitStatus.DEGRADED,
+    Health.HEALTHY: ExitStatus.OK,
+    Health.DEGRADED: ExitStatus.DEGRADED,
+    Health.STOPPED: ExitStatus.NOT_RUNNING,
+}
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class SupervisorStatus(_Part, frozen=True):
+    """The supervisor process."""
+
+    pid: int
+    version: str
+    uptime_seconds: float
+    user: str
+
+
+class LastExitStatus(_Part, frozen=True):
+    """How a worker's previous process ended: a status, or the name of a signal."""
+
+    status: int | None
+    signal: str | None
+
+
+class WorkerStatus(_Part, frozen=True):
+    """One worker slot. Measures of the process are null while there is none."""
+
+    name: str
+    pid: int | None
+    state: WorkerState
+    restarts: int
+    uptime_seconds: float | None
+    heartbeat_age_seconds: float | None
+    rss_bytes: int | None
+    cpu_percent: float | None
+    last_exit: LastExitStatus | None
+
+
+class NetworkStatus(_Part, frozen=True):
+    """Addresses, ranges and zones in use."""
+
+    interface: str
+    mtu: int
+    ipv4_cidr_ranges: list[str]
+    ipv6_prefix: str | None
+    dns_addresses: list[str]
+    dns_zones: list[str]
+    os_integration: str
+
+
+class ClusterStatus(_Part, frozen=True):
+    """One cluster of one profile."""
+
+    name: str
+    profile: str
+    leaf_of: str | None
+    state: ClusterState
+    user: str
+    expires: str | None
+
+
+class ConnectionsStatus(_Part, frozen=True):
+    """Totals since the start of the workers that run now."""
+
+    active: int
+    total: int
+    failed: int
+    bytes_sent: int
+    bytes_received: int
+
+
+class Status(_Part, frozen=True, kw_only=True):
+    """The whole answer. Others than root and the VNet user get health and reasons only."""
+
+    schema: int = SCHEMA
+    health: Health
+    reasons: list[str]
+    supervisor: SupervisorStatus | None = None
+    workers: list[WorkerStatus] | None = None
+    network: NetworkStatus | None = None
+    clusters: list[ClusterStatus] | None = None
+    connections: ConnectionsStatus | None = None
+
+
+class Summary(_Part, frozen=True, kw_only=True):
+    """What everyone may see."""
+
+    schema: int = SCHEMA
+    health: Health
+    reasons: list[str]
+
+
+def judge(
+    workers: Sequence[WorkerStatus],
+    clusters: Sequence[Cluster],
+    *,
+    clusters_are_known: bool,
+    were_ready: bool,
+    other_reasons: Iterable[str],
+) -> tuple[Health, list[str]]:
+    """Health and its reasons; each is a sentence that says what to do.
+
+    `were_ready` says whether all workers have been ready once, `clusters_are_known` whether a
+    proxy has reported.
+    """
+    reasons = [*_worker_reasons(workers, were_ready=were_ready)]
+    reasons += [cluster.problem for cluster in clusters if cluster.problem]
+    reasons += other_reasons
+    if not were_ready and all(w.state is not WorkerState.FAILED for w in workers):
+        return Health.STARTING, reasons or ["The workers are starting: wait."]
+    if not clusters_are_known and not reasons:
+        return Health.STARTING, ["The Teleport profiles are being read: wait."]
+    return (Health.DEGRADED if reasons else Health.HEALTHY), list(dict.fromkeys(reasons))
+
+
+def _worker_reasons(workers: Sequence[WorkerStatus], *, were_ready: bool) -> Iterable[str]:
+    for worker in workers:
+        ended = _ended(worker.last_exit)
+        if worker.state is WorkerState.FAILED:
+            yield (
+                f"The worker {worker.name} {ended} too often and is given up: read the log, then"
+                f" run: vnet restart {worker.name}"
+            )
+        elif worker.state is WorkerState.BACKOFF:
+            yield f"The worker {worker.name} {ended} and is restarted in a moment: wait."
+        elif were_ready and worker.state is not WorkerState.READY:
+            yield f"The worker {worker.name} is {worker.state}: wait."
+
+
+def _ended(last_exit: LastExitStatus | None) -> str:
+    if last_exit is None:
+        return "ended"
+    if last_exit.signal is not None:
+        return f"ended with {last_exit.signal}"
+    return f"ended with status {last_exit.status}"

@@ -1,0 +1,147 @@
+"""Collects what `supervisor.status` shows from a running supervisor."""
+
+import time
+from ipaddress import IPv6Address
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ipc.addresses import as_text
+from ipc.messages import ClustersReported, Network
+from supervisor import status
+from supervisor.network import dns_addresses
+from supervisor.settings import version
+from supervisor.worker import LastExit, Worker
+
+if TYPE_CHECKING:
+    from supervisor.supervisor import Supervisor
+
+
+class StatusReporter:
+    """Keeps what CPU shares are measured against: each is the share since the last question."""
+
+    def __init__(self, supervisor: "Supervisor") -> None:
+        self._supervisor = supervisor
+        self._processes: dict[int, psutil.Process] = {}
+
+    def collect(self, pid: int) -> status.Status:
+        """The whole status; `pid` is the supervisor's."""
+        supervisor = self._supervisor
+        now = time.monotonic()
+        workers = [self._worker(worker, now) for worker in supervisor.workers.values()]
+        report = supervisor.cluster_report()
+        health, reasons = status.judge(
+            workers,
+            report.clusters if report else [],
+            clusters_are_known=report is not None,
+            were_ready=supervisor.were_ready,
+            other_reasons=_other_reasons(supervisor, report),
+        )
+        return status.Status(
+            health=health,
+            reasons=reasons,
+            supervisor=status.SupervisorStatus(
+                pid=pid,
+                version=version(),
+                uptime_seconds=round(now - supervisor.started_at, 1),
+                user=supervisor.settings.user.name,
+            ),
+            workers=workers,
+            network=_network(supervisor.network, supervisor.zones),
+            clusters=_clusters(report),
+            connections=self._connections(),
+        )
+
+    def _worker(self, worker: Worker, now: float) -> status.WorkerStatus:
+        process = self._process(worker.pid)
+        rss, cpu = None, None
+        if process is not None:
+            try:
+                rss = process.memory_info().rss
+                cpu = round(process.cpu_percent(), 1)
+            except psutil.Error:
+                rss, cpu = None, None
+        is_alive = worker.is_alive
+        return status.WorkerStatus(
+            name=worker.slot,
+            pid=worker.pid,
+            state=worker.state,
+            restarts=worker.restarts,
+            uptime_seconds=round(now - worker.started_at, 1) if is_alive else None,
+            heartbeat_age_seconds=round(now - worker.last_heartbeat, 1) if is_alive else None,
+            rss_bytes=rss,
+            cpu_percent=cpu,
+            last_exit=_last_exit(worker.last_exit),
+        )
+
+    def _process(self, pid: int | None) -> psutil.Process | None:
+        alive = {worker.pid for worker in self._supervisor.workers.values()}
+        for gone in [known for known in self._processes if known not in alive]:
+            del self._processes[gone]
+        if pid is None:
+            return None
+        try:
+            return self._processes.setdefault(pid, psutil.Process(pid))
+        except psutil.Error:
+            return None
+
+    def _connections(self) -> status.ConnectionsStatus:
+        past = self._supervisor.past_counters
+        running = [worker.counters for worker in self._supervisor.workers.values()]
+
+        def total(name: str) -> int:
+            return past.get(name, 0) + sum(counters.get(name, 0) for counters in running)
+
+        return status.ConnectionsStatus(
+            active=total("connections_now"),
+            total=total("connections_total"),
+            failed=total("connections_failed"),
+            bytes_sent=total("bytes_sent"),
+            bytes_received=total("bytes_received"),
+        )
+
+
+def _other_reasons(supervisor: "Supervisor", report: ClustersReported | None) -> list[str]:
+    reasons = list(supervisor.range_problems)
+    if report is not None and report.problem:
+        reasons.append(report.problem)
+    if supervisor.settings.config.dns.os_integration == "auto":
+        servers = " or ".join(map(as_text, dns_addresses(supervisor.network)))
+        reasons.append(
+            f"This version does not set up the system's resolver: have it ask {servers} for your"
+            ' zones, then set dns.os_integration = "none".'
+        )
+    return reasons
+
+
+def _network(network: Network, zones: list[str]) -> status.NetworkStatus:
+    prefix = network.ipv6_prefix
+    return status.NetworkStatus(
+        interface=network.interface,
+        mtu=network.mtu,
+        ipv4_cidr_ranges=network.ranges,
+        ipv6_prefix=None if prefix is None else str(IPv6Address(prefix)),
+        dns_addresses=[as_text(address) for address in dns_addresses(network)],
+        dns_zones=zones,
+        os_integration="none",
+    )
+
+
+def _clusters(report: ClustersReported | None) -> list[status.ClusterStatus]:
+    return [
+        status.ClusterStatus(
+            name=cluster.name,
+            profile=cluster.profile,
+            leaf_of=cluster.leaf_of,
+            state=cluster.state,
+            user=cluster.user,
+            expires=cluster.expires,
+        )
+        for cluster in (report.clusters if report else [])
+    ]
+
+
+def _last_exit(last_exit: LastExit | None) -> status.LastExitStatus | None:
+    if last_exit is None:
+        return None
+    return status.LastExitStatus(status=last_exit.status, signal=last_exit.signal)

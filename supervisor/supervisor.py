@@ -1,0 +1,401 @@
+"""The supervisor: one loop that waits, looks at its workers, and carries out what follows.
+
+What follows is decided elsewhere (`worker_states`, `restart_policy`, `clusters`, `status`); this
+module joins the decisions to processes and sockets. Signal handlers only write to a pipe, so all
+work happens in the loop.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from ipc import messages as m
+from supervisor import clusters, configure, network, places
+from supervisor.commands import Commands
+from supervisor.configure import Surroundings
+from supervisor.control import ControlSocket
+from supervisor.dataplane import NamespaceDataPlane
+from supervisor.listeners import ListenerRefusedError, Listeners
+from supervisor.nameservers import Nameservers
+from supervisor.privileges import Identity
+from supervisor.restart_policy import RestartLimits
+from supervisor.settings import Settings
+from supervisor.worker import Worker
+from supervisor.worker_states import WorkerState
+
+log = logging.getLogger(__name__)
+
+# Nobody, the user that owns nothing; tun and dns need no file of anyone.
+NOBODY = 65534
+# The longest the loop sleeps: heartbeats and nameservers are looked at this often.
+TICK_SECONDS = 0.5
+# A worker that has not said READY by then never will; imports take about one second.
+START_SECONDS = 30.0
+# How long workers may take to end before they are killed.
+GRACE_SECONDS = 3.0
+# Listening sockets of all proxies: descriptors and kernel memory.
+MAX_LISTENERS = 16384
+
+
+class Supervisor:
+    """One run of VNet; `run` returns when it was told to stop."""
+
+    def __init__(self, settings: Settings, log_handler: logging.Handler) -> None:
+        self.settings = settings
+        self.workers: dict[str, Worker] = {}
+        self.zones: list[str] = []
+        self.reports: dict[str, m.ClustersReported] = {}
+        self.range_problems: list[str] = []
+        self.were_ready = False
+        self.started_at = time.monotonic()
+        # Counters of worker processes that have ended, so that totals never fall.
+        self.past_counters: dict[str, int] = {}
+        self._log_handler = log_handler
+        self._selector = selectors.DefaultSelector()
+        self._registered: dict[str, int] = {}
+        self._stop_is_ordered = False
+        self._reload_is_ordered = False
+        self._commands = Commands(self)
+
+    @property
+    def network(self) -> m.Network:
+        return self._around.network
+
+    def run(self) -> None:
+        """Runs until SIGINT, SIGTERM or `vnet stop`.
+
+        Raises:
+            StartupError: VNet cannot run here; nothing is left behind.
+        """
+        with contextlib.ExitStack() as closing:
+            self._set_up(closing)
+            log.info("VNet starts for %s on %s", self.settings.user.name, self.network.interface)
+            for worker in self.workers.values():
+                self._start(worker)
+            while not self._stop_is_ordered:
+                self._turn(TICK_SECONDS)
+            log.info("VNet stops")
+
+    # -- what commands and signals ask for --
+
+    def order_stop(self) -> None:
+        """The loop ends after this turn."""
+        self._stop_is_ordered = True
+
+    def restart(self, worker: Worker) -> None:
+        """Restarts a worker; this never counts as a crash."""
+        worker.forget_crashes()
+        if worker.is_alive:
+            worker.comes_back = True
+            worker.order_stop(time.monotonic(), GRACE_SECONDS)
+        else:
+            self._start(worker)
+
+    def use_upstream(self, configured: Sequence[str]) -> None:
+        """Takes over `dns.upstream` of a reloaded configuration."""
+        self._nameservers.configure(configured)
+
+    def use_log_level(self, message: m.SetLogLevel) -> None:
+        """Every worker takes over the level, and each that is started from now on."""
+        self._log_level = message.level
+        self._broadcast(message, set(self.workers))
+
+    def cluster_report(self) -> m.ClustersReported | None:
+        """What the first proxy that has spoken says of the clusters; all proxies see the same."""
+        return next((self.reports[slot] for slot in sorted(self.reports)), None)
+
+    # -- set-up --
+
+    def _set_up(self, closing: contextlib.ExitStack) -> None:
+        settings = self.settings
+        config = settings.config
+        self._log_level = logging.getLevelName(logging.getLogger().level)
+        run_directory = places.RunDirectory(settings.run_dir)
+        closing.callback(run_directory.close)
+        is_root = os.geteuid() == 0
+        user_state = places.make_state_directory(
+            settings.state_dir, settings.user, change_owner=is_root
+        )
+        prefix = places.ipv6_prefix(settings.state_dir) if self._wants_ipv6() else None
+        plan = network.plan(config.network, prefix)
+        self._data_plane = NamespaceDataPlane(plan)
+        closing.callback(self._data_plane.close)
+        self._listeners = Listeners(self._data_plane, config.proxy.workers, MAX_LISTENERS)
+        closing.callback(self._listeners.close_all)
+        self._nameservers = Nameservers(config.dns.upstream, network.dns_addresses(plan))
+        group = places.unused_group() if is_root else None
+        self._around = Surroundings(
+            network=plan,
+            upstream=self._nameservers.upstream,
+            keys=configure.make_keys(config.proxy.workers),
+            bus_dir=run_directory.make_bus(group),
+            book_path=user_state / "book.sqlite",
+        )
+        self._make_workers(group)
+        self._watch_signals(closing)
+        self._control = ControlSocket(
+            run_directory.control_path, self._selector, self._commands.answer
+        )
+        closing.callback(self._control.close)
+        # Last in, first out: the workers end before what they borrow is closed.
+        closing.callback(self._stop_workers)
+
+    def _wants_ipv6(self) -> bool:
+        wish = self.settings.config.network.ipv6
+        if wish == "off":
+            return False
+        has_it = Path("/proc/net/if_inet6").exists() and not any(
+            _is_set(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6") for name in ("all", "default")
+        )
+        if not has_it:
+            level = logging.WARNING if wish == "on" else logging.INFO
+            log.log(level, "this host has IPv6 switched off; VNet uses IPv4 only")
+        return has_it
+
+    def _make_workers(self, group: int | None) -> None:
+        config = self.settings.config
+        limits = RestartLimits(
+            config.supervisor.restart_max, config.supervisor.restart_window_seconds
+        )
+        for slot in configure.slots(config.proxy.workers):
+            self.workers[slot] = Worker(slot, self._identity(slot, group), limits)
+
+    def _identity(self, slot: str, group: int | None) -> Identity:
+        if group is None:
+            return Identity(os.getuid(), os.getgid(), None)
+        if slot in ("tun", "dns"):
+            return Identity(NOBODY, NOBODY, group)
+        return Identity(self.settings.user.uid, self.settings.user.gid, group)
+
+    def _watch_signals(self, closing: contextlib.ExitStack) -> None:
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+            closing.callback(end.close)
+        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        closing.callback(signal.set_wakeup_fd, previous)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            closing.callback(signal.signal, number, signal.signal(number, _do_nothing))
+        self._selector.register(
+            reader, selectors.EVENT_READ, lambda _events: self._take_signals(reader)
+        )
+
+    def _take_signals(self, reader: socket.socket) -> None:
+        for number in reader.recv(4096):
+            if number in (signal.SIGINT, signal.SIGTERM):
+                self.order_stop()
+            elif number == signal.SIGHUP:
+                self._reload_is_ordered = True
+
+    def _start(self, worker: Worker) -> None:
+        worker.start(time.monotonic(), self._log_handler)
+        message = configure.configuration(worker.slot, self.settings, self._around, self._log_level)
+        descriptors = {
+            "tun": self._data_plane.tun_descriptors,
+            "dns": self._data_plane.dns_descriptors,
+        }
+        worker.send(message, descriptors.get(worker.slot, []))
+
+    # -- one turn of the loop --
+
+    def _turn(self, longest: float) -> None:
+        self._register_channels()
+        for key, events in self._selector.select(self._timeout(longest)):
+            key.data(events)
+        now = time.monotonic()
+        self._reap(now)
+        self._start_due(now)
+        self._kill_silent(now)
+        self._control.drop_silent(now)
+        if self._reload_is_ordered:
+            self._reload_is_ordered = False
+            log.info("%s", self._commands.reload())
+        if self._nameservers.has_changed(now):
+            self._use_nameservers()
+
+    def _timeout(self, longest: float) -> float:
+        now = time.monotonic()
+        due = [w.restart_at - now for w in self.workers.values() if w.restart_at is not None]
+        return max(0.0, min([longest, *due]))
+
+    def _register_channels(self) -> None:
+        """Brings the selector in line with which workers live and which wait to be written to."""
+        for slot, worker in self.workers.items():
+            if not worker.is_talking:
+                if self._registered.pop(slot, None) is not None:
+                    self._selector.unregister(worker)
+                continue
+            wanted = selectors.EVENT_READ
+            if worker.wants_to_write:
+                wanted |= selectors.EVENT_WRITE
+            if slot not in self._registered:
+                self._selector.register(worker, wanted, self._channel_handler(worker))
+            elif wanted != self._registered[slot]:
+                self._selector.modify(worker, wanted, self._channel_handler(worker))
+            self._registered[slot] = wanted
+
+    def _channel_handler(self, worker: Worker) -> Callable[[int], None]:
+        return lambda events: self._talk(worker, events)
+
+    def _talk(self, worker: Worker, events: int) -> None:
+        if not worker.is_talking:
+            return
+        if events & selectors.EVENT_WRITE:
+            worker.flush()
+        for message in worker.receive():
+            self._take(worker, message)
+
+    def _reap(self, now: float) -> None:
+        for slot, worker in self.workers.items():
+            if not worker.has_ended():
+                continue
+            # What it said before it ended still counts.
+            self._talk(worker, selectors.EVENT_READ)
+            if self._registered.pop(slot, None) is not None:
+                self._selector.unregister(worker)
+            worker.reap(now)
+            self._remember(worker.counters)
+            worker.counters = {}
+            self.reports.pop(slot, None)
+
+    def _remember(self, counters: dict[str, int]) -> None:
+        for name, value in counters.items():
+            if not name.endswith("_now"):
+                self.past_counters[name] = self.past_counters.get(name, 0) + value
+
+    def _start_due(self, now: float) -> None:
+        if self._stop_is_ordered:
+            return
+        for worker in self.workers.values():
+            is_due = worker.restart_at is not None and worker.restart_at <= now
+            if is_due or (worker.comes_back and worker.state is WorkerState.STOPPED):
+                self._start(worker)
+
+    def _kill_silent(self, now: float) -> None:
+        hang_seconds = self.settings.config.supervisor.hang_seconds
+        for worker in self.workers.values():
+            if worker.state is WorkerState.READY and now - worker.last_heartbeat > hang_seconds:
+                worker.last_heartbeat = now
+                worker.kill(f"no heartbeat for {hang_seconds:g} s")
+            elif worker.state is WorkerState.STARTING and now - worker.started_at > START_SECONDS:
+                worker.kill(f"not ready after {START_SECONDS:g} s")
+            elif worker.kill_at is not None and now > worker.kill_at:
+                worker.kill_at = None
+                worker.kill("it did not end in time")
+
+    def _use_nameservers(self) -> None:
+        self._around = dataclasses.replace(self._around, upstream=self._nameservers.upstream)
+        self._broadcast(m.UpstreamChanged(upstream=self._around.upstream), {"dns"})
+
+    # -- what workers say --
+
+    def _take(self, worker: Worker, message: m.AnyMessage) -> None:
+        now = time.monotonic()
+        match message:
+            case m.Ready():
+                self._became_ready(worker, now)
+            case m.Heartbeat():
+                worker.heard(now, message.counters)
+            case m.OpenListener():
+                self._open_listener(worker, message.address, message.port)
+            case m.CloseListener():
+                self._listeners.close(worker.slot, message.address, message.port)
+            case m.ClustersReported():
+                self.reports[worker.slot] = message
+                self._follow_clusters()
+            case m.PeerMisbehaved():
+                self._replace_accused(worker, message)
+            case _:
+                worker.kill(f"it sent {type(message).__name__}")
+
+    def _became_ready(self, worker: Worker, now: float) -> None:
+        if worker.state not in (WorkerState.STARTING, WorkerState.DRAINING):
+            worker.kill("it became ready twice")
+            return
+        worker.became_ready(now)
+        log.info("%s is ready after %.2f s", worker.slot, now - worker.started_at)
+        for address, port, descriptor in self._listeners.of(worker.slot):
+            worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
+        all_ready = all(w.state is WorkerState.READY for w in self.workers.values())
+        if all_ready and not self.were_ready:
+            self.were_ready = True
+            log.info("VNet is ready after %.2f s", now - self.started_at)
+
+    def _replace_accused(self, reporter: Worker, message: m.PeerMisbehaved) -> None:
+        if message.slot not in self._around.keys[reporter.slot].peers:
+            reporter.kill(f"it accuses {message.slot}, with whom it does not talk")
+        else:
+            self.workers[message.slot].kill(f"{reporter.slot} says: {message.reason}")
+
+    def _open_listener(self, worker: Worker, address: bytes, port: int) -> None:
+        try:
+            descriptor = self._listeners.open(worker.slot, self.network, address, port)
+        except ListenerRefusedError as error:
+            log.warning("%s gets no listener on port %d: %s", worker.slot, port, error)
+            reason = str(error)[:500]
+            worker.send(m.ListenerRefused(address=address, port=port, reason=reason))
+        else:
+            worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
+
+    def _follow_clusters(self) -> None:
+        report = self.cluster_report()
+        if report is None:
+            return
+        upstream = [server.address for server in self._nameservers.upstream]
+        accepted = clusters.accept(report.clusters, self.network, upstream)
+        self.zones = accepted.zones
+        if accepted.problems != self.range_problems:
+            self.range_problems = accepted.problems
+            for problem in accepted.problems:
+                log.warning("%s", problem)
+        if accepted.ranges != self.network.ranges:
+            self._use_ranges(accepted.ranges)
+
+    def _use_ranges(self, ranges: list[str]) -> None:
+        self._data_plane.set_ranges(ranges)
+        changed = msgspec.structs.replace(self.network, ranges=ranges)
+        self._around = dataclasses.replace(self._around, network=changed)
+        log.info("virtual ranges: %s", ", ".join(ranges))
+        self._broadcast(m.NetworkChanged(network=changed), set(self.workers))
+
+    def _broadcast(self, message: m.Message, slots: set[str]) -> None:
+        for slot in slots:
+            worker = self.workers[slot]
+            if worker.state in (WorkerState.STARTING, WorkerState.READY):
+                worker.send(message)
+
+    # -- the end --
+
+    def _stop_workers(self) -> None:
+        """Ends dns, then the proxies, then tun: nobody is asked for what is gone already."""
+        self._stop_is_ordered = True
+        for group in self._stop_order():
+            for worker in group:
+                worker.order_stop(time.monotonic(), GRACE_SECONDS)
+            while any(worker.is_alive for worker in group):
+                self._turn(0.1)
+
+    def _stop_order(self) -> Iterator[list[Worker]]:
+        yield [self.workers["dns"]]
+        yield [worker for slot, worker in self.workers.items() if slot.startswith("proxy-")]
+        yield [self.workers["tun"]]
+
+
+def _do_nothing(_number: int, _frame: object) -> None:
+    """The wake-up descriptor tells the loop."""
+
+
+def _is_set(path: str) -> bool:
+    try:
+        return Path(path).read_text().strip() == "1"
+    except OSError:
+        return False

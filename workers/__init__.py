@@ -1,0 +1,1 @@
+"""The worker processes. Each lives in a folder of its own and imports only `ipc`."""

@@ -1,0 +1,329 @@
+"""The whole worker on datagram sockets in place of TUN devices: one datagram is one packet."""
+
+import asyncio
+import errno
+import os
+import socket
+
+import pytest
+import uvloop
+from fake_runtime import CONFIG, FakeBus, admit, no_answer, refuse_with, running_worker, until
+from msgspec.structs import replace
+from tun_bed import NETWORK, PREFIX, TUN_IPV4, TUN_IPV6
+from tun_packets import ACK, RST, SYN, SYN_ACK, ipv4, ipv6, tcp_segment
+
+from ipc.addresses import owner_of_address
+from ipc.messages import DialVerdict, NetworkChanged, Refusal
+from workers.tun.packet import parse_packet
+from workers.tun.pump import Device, Direction
+
+APP = b"\x64\x40\0\x09"
+APP_IPV6 = PREFIX[:8] + bytes(4) + APP
+SYN_PACKET = ipv4(TUN_IPV4, APP, tcp_segment(SYN))
+DATA_PACKET = ipv4(TUN_IPV4, APP, tcp_segment(ACK, payload=b"data"))
+
+
+class Wire:
+    """The far ends of both devices."""
+
+    def __init__(self):
+        self.host, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.inner, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.ends = (outer, inner)
+        for end in (self.host, self.inner, outer, inner):
+            end.setblocking(False)
+
+    @property
+    def descriptors(self):
+        return [end.fileno() for end in self.ends]
+
+    def close(self):
+        for end in (self.host, self.inner, *self.ends):
+            end.close()
+
+
+def run(story, *, decide=admit, config=CONFIG):
+    """Runs `story(wire, bus, runtime)` beside the worker."""
+
+    async def main():
+        wire, bus = Wire(), FakeBus(decide)
+        try:
+            async with running_worker(wire.descriptors, bus, config) as runtime:
+                await asyncio.wait_for(story(wire, bus, runtime), 10)
+        finally:
+            wire.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+async def receive(end):
+    return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(end, 70000), 5)
+
+
+def test_packets_cross_unchanged_in_both_directions():
+    async def story(wire, bus, runtime):
+        wire.host.send(DATA_PACKET)
+        assert await receive(wire.inner) == DATA_PACKET
+        answer = ipv4(APP, TUN_IPV4, tcp_segment(ACK, ports=(443, 40000), payload=b"x" * 9000))
+        wire.inner.send(answer)
+        assert await receive(wire.host) == answer
+        await until(lambda: runtime.counters["packets_to_outer"])
+        assert runtime.counters["packets_to_inner"] == 1
+        assert runtime.counters["bytes_to_outer"] == len(answer)
+        assert bus.asked == []
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("source", "app", "build"), [(TUN_IPV4, APP, ipv4), (TUN_IPV6, APP_IPV6, ipv6)]
+)
+def test_syn_passes_once_the_owner_of_the_address_admits_it(source, app, build):
+    packet = build(source, app, tcp_segment(SYN, ports=(40000, 443)))
+
+    async def story(wire, bus, runtime):
+        wire.host.send(packet)
+        assert await receive(wire.inner) == packet
+        ((slot, request),) = bus.asked
+        assert slot == f"proxy-{owner_of_address(app, 2)}"
+        assert (request.source, request.source_port) == (source, 40000)
+        assert (request.destination, request.destination_port) == (app, 443)
+        assert (runtime.counters["syns"], runtime.counters["admitted"]) == (1, 1)
+        assert runtime.counters["pending_now"] == 0
+
+    run(story)
+
+
+def test_refused_syn_is_reset_and_counted_by_reason():
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        packet = parse_packet(await receive(wire.host))
+        assert packet.tcp.flags & RST
+        assert runtime.counters["refused_unknown_address"] == 1
+
+    run(story, decide=refuse_with(Refusal.UNKNOWN_ADDRESS))
+
+
+def test_data_passes_while_a_syn_is_held():
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        wire.host.send(SYN_PACKET)
+        wire.host.send(DATA_PACKET)
+        assert await receive(wire.inner) == DATA_PACKET
+        assert len(bus.asked) == 1
+        assert (runtime.counters["pending_now"], runtime.counters["syns_repeated"]) == (1, 1)
+
+    run(story, decide=no_answer)
+
+
+def test_syn_without_verdict_is_refused_at_the_deadline():
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        packet = parse_packet(await receive(wire.host))
+        assert packet.tcp.flags & RST
+        ((_, abandoned),) = bus.abandoned
+        assert abandoned.flow_id == bus.asked[0][1].flow_id
+        assert runtime.counters["refused_timed_out"] == 1
+
+    run(story, decide=no_answer, config=replace(CONFIG, pending_seconds=0.05))
+
+
+def test_more_syns_than_allowed_are_refused_at_once():
+    async def story(wire, bus, runtime):
+        for port in (1, 2, 3):
+            wire.host.send(ipv4(TUN_IPV4, APP, tcp_segment(SYN, ports=(port, 443))))
+        packet = parse_packet(await receive(wire.host))
+        assert packet.tcp.destination_port == 3
+        assert runtime.counters["refused_too_many"] == 1
+        assert runtime.counters["pending_now"] == 2
+
+    run(story, decide=no_answer, config=replace(CONFIG, max_pending=2))
+
+
+@pytest.mark.parametrize("trouble", ["connected", "busy"])
+def test_syn_waits_for_a_proxy_that_is_away_or_busy(trouble):
+    async def story(wire, bus, runtime):
+        bus.connected, bus.busy = trouble != "connected", trouble == "busy"
+        wire.host.send(SYN_PACKET)
+        await until(lambda: runtime.counters["pending_now"] == 1)
+        assert bus.asked == []
+        bus.connected, bus.busy = True, False
+        assert await receive(wire.inner) == SYN_PACKET
+        assert len(bus.asked) == 1
+
+    run(story)
+
+
+def test_restarted_proxy_is_asked_again_for_its_own_flows_only():
+    async def story(wire, bus, runtime):
+        apps = [b"\x64\x40\0" + bytes([last]) for last in range(10, 16)]
+        for app in apps:
+            wire.host.send(ipv4(TUN_IPV4, app, tcp_segment(SYN)))
+        await until(lambda: len(bus.asked) == 6)
+        before = list(bus.asked)
+        bus.decide = admit
+        bus.say_hello()
+        assert bus.asked[6:] == sorted(before, key=lambda asked: asked[0])
+        for _ in apps:
+            await receive(wire.inner)
+
+    run(story, decide=no_answer)
+
+
+def test_proxy_of_another_version_is_not_asked():
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        await until(lambda: bus.asked)
+        bus.say_hello(version=2)
+        assert len(bus.asked) == 1
+
+    run(story, decide=no_answer)
+
+
+def test_verdict_of_a_proxy_that_does_not_own_the_flow_is_ignored():
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        await until(lambda: bus.asked)
+        ((slot, request),) = bus.asked
+        other = "proxy-1" if slot == "proxy-0" else "proxy-0"
+        bus.deliver(other, DialVerdict(flow_id=request.flow_id))
+        assert runtime.counters["verdicts_ignored"] == 1
+        assert runtime.counters["pending_now"] == 1
+        bus.deliver(slot, DialVerdict(flow_id=request.flow_id))
+        assert await receive(wire.inner) == SYN_PACKET
+
+    run(story, decide=no_answer)
+
+
+def test_dropped_packets_are_counted_by_reason():
+    packets = {
+        "dropped_foreign_source": ipv4(b"\xc0\0\2\1", APP, tcp_segment(ACK)),
+        "dropped_malformed": b"\x45garbage",
+        "malformed_truncated": b"\x45garbage",
+        "dropped_noise": ipv4(TUN_IPV4, b"\xe0\0\0\1", bytes(8), protocol=17),
+        "dropped_oversized_syn": ipv4(TUN_IPV4, APP, tcp_segment(SYN, payload=bytes(4000))),
+        "dropped_fragmented_tcp": ipv4(TUN_IPV4, APP, bytes(8), fragment=0x2001),
+    }
+
+    async def story(wire, bus, runtime):
+        for name, packet in packets.items():
+            before = runtime.counters[name]
+            wire.host.send(packet)
+            await until(lambda name=name, before=before: runtime.counters[name] == before + 1)
+        wire.host.send(DATA_PACKET)
+        assert await receive(wire.inner) == DATA_PACKET
+
+    run(story)
+
+
+def test_connection_attempt_out_of_the_inner_namespace_is_dropped():
+    async def story(wire, bus, runtime):
+        wire.inner.send(ipv4(APP, TUN_IPV4, tcp_segment(SYN)))
+        answer = ipv4(APP, TUN_IPV4, tcp_segment(SYN_ACK))
+        wire.inner.send(answer)
+        assert await receive(wire.host) == answer
+        assert runtime.counters["dropped_inner_syn"] == 1
+
+    run(story)
+
+
+def test_new_range_is_served_and_a_removed_one_is_not():
+    new_app = b"\x0a\x40\0\x09"
+    packet = ipv4(TUN_IPV4, new_app, tcp_segment(SYN))
+
+    async def story(wire, bus, runtime):
+        wire.host.send(packet)
+        await until(lambda: runtime.counters["dropped_foreign_destination"] == 1)
+        wire.host.send(DATA_PACKET)
+        await receive(wire.inner)
+        runtime.on_message(NetworkChanged(network=replace(NETWORK, ranges=["10.64.0.0/16"])), [])
+        wire.host.send(packet)
+        assert await receive(wire.inner) == packet
+        wire.host.send(DATA_PACKET)
+        await until(lambda: runtime.counters["dropped_foreign_destination"] == 2)
+
+    run(story)
+
+
+def test_flow_ids_of_a_successor_differ():
+    seen = []
+
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        await receive(wire.inner)
+        seen.append(bus.asked[0][1].flow_id)
+
+    run(story)
+    run(story)
+    assert seen[0] != seen[1]
+
+
+def test_device_that_is_full_loses_packets_and_nothing_queues():
+    async def story(wire, bus, runtime):
+        sent = 0
+        while not runtime.counters["dropped_device_full"]:
+            try:
+                wire.host.send(DATA_PACKET)
+                sent += 1
+            except BlockingIOError:
+                pass
+            await asyncio.sleep(0)
+        await until(
+            lambda: (
+                runtime.counters["packets_to_inner"] + runtime.counters["dropped_device_full"]
+                == sent
+            )
+        )
+        for _ in range(runtime.counters["packets_to_inner"]):
+            assert wire.inner.recv(70000) == DATA_PACKET
+        with pytest.raises(BlockingIOError):
+            wire.inner.recv(1)
+        wire.host.send(DATA_PACKET)
+        assert await receive(wire.inner) == DATA_PACKET
+
+    run(story)
+
+
+def test_one_wake_moves_no_more_than_a_batch():
+    async def story():
+        wire, counters = Wire(), {}
+        try:
+            outer, inner = (
+                Device(name, descriptor, counters)
+                for name, descriptor in zip(("outer", "inner"), wire.descriptors, strict=True)
+            )
+            for _ in range(5):
+                wire.host.send(DATA_PACKET)
+            direction = Direction(
+                outer, inner, lambda _buffer, _length: True, lambda _data: False, batch=2
+            )
+            direction.start(asyncio.get_running_loop())
+            moved = []
+            while sum(moved) < 5:
+                before = counters["packets_to_inner"]
+                await asyncio.sleep(0)
+                moved.append(counters["packets_to_inner"] - before)
+            direction.stop()
+            assert max(moved) == 2
+        finally:
+            wire.close()
+
+    asyncio.run(story())
+
+
+def test_broken_device_is_reported_once_until_it_works_again(caplog):
+    counters = {}
+    device = Device("inner", os.open("/dev/null", os.O_RDONLY), counters)
+    try:
+        for _ in range(3):
+            device.count_dropped(OSError(errno.EIO, "Input/output error"))
+        device.write(b"x")
+        assert counters["dropped_device_down"] == 3
+        assert counters["dropped_device_refused"] == 1
+        assert len(caplog.records) == 1
+        device.count_written(1, 1)
+        device.count_dropped(OSError(errno.EIO, "Input/output error"))
+        assert len(caplog.records) == 2
+    finally:
+        os.close(device.descriptor)

@@ -1,0 +1,305 @@
+"""UDP and TCP servers on loopback, with fake proxies and upstream servers behind them."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+from dns_fakes import (
+    FakeNames,
+    FakeUpstreams,
+    ask_udp,
+    connect_tcp,
+    forwarded_answer,
+    frame,
+    has_ipv6_loopback,
+    make_network,
+    make_query,
+    read_frame,
+    run,
+    wait_until,
+)
+from dnslib import DNSRecord
+
+from workers.dns.service import DnsService, Limits
+from workers.dns.tally import Tally
+from workers.dns.tcp import TcpLimits, TcpServer
+from workers.dns.udp import BATCH, UdpServer
+
+NAME = "pg.root.example.test"
+FOREIGN = "www.example.test"
+
+
+class Front:
+    """Both servers on one service; `udp` and `tcp` are their ports."""
+
+    def __init__(self, limits: Limits | None, tcp_limits: TcpLimits | None, address: str) -> None:
+        self.names = FakeNames()
+        self.names.give(NAME, "100.64.0.7")
+        self.upstreams = FakeUpstreams()
+        self.counters: dict[str, int] = {}
+        tally = Tally(self.counters)
+        self.service = DnsService(make_network(), 10, self.names, self.upstreams, tally, limits)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        datagrams = socket.socket(family, socket.SOCK_DGRAM)
+        datagrams.bind((address, 0))
+        datagrams.setblocking(False)
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setblocking(False)
+        self.udp: int = datagrams.getsockname()[1]
+        self.tcp: int = listener.getsockname()[1]
+        self.udp_server = UdpServer(datagrams, self.service, tally)
+        self.tcp_server = TcpServer(listener, self.service, tally, tcp_limits)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    limits: Limits | None = None,
+    tcp_limits: TcpLimits | None = None,
+    address: str = "127.0.0.1",
+) -> AsyncIterator[Front]:
+    front = Front(limits, tcp_limits, address)
+    front.udp_server.start()
+    await front.tcp_server.start()
+    try:
+        yield front
+    finally:
+        front.udp_server.close()
+        await front.tcp_server.close()
+        front.service.close()
+        await wait_until(lambda: front.counters["in_flight_now"] == 0)
+        assert front.counters["tcp_connections_now"] == 0
+
+
+def first_address(data: bytes) -> str:
+    return str(DNSRecord.parse(data).rr[0].rdata)
+
+
+def test_udp_answers_own_and_foreign_names() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            for id_ in (1, 2):
+                own = await ask_udp(front.udp, make_query(NAME, id_=id_))
+                assert (own[:2], first_address(own)) == (bytes([0, id_]), "100.64.0.7")
+            foreign = make_query(FOREIGN)
+            assert await ask_udp(front.udp, foreign) == forwarded_answer(foreign)
+            assert front.counters["cache_hits"] == 1
+            await wait_until(lambda: front.counters["latency_count"] == 3)
+
+    run(main())
+
+
+@pytest.mark.skipif(not has_ipv6_loopback(), reason="no IPv6 loopback address here")
+def test_udp_answers_over_ipv6() -> None:
+    async def main() -> None:
+        async with serving(address="::1") as front:
+            for name in (NAME, NAME, FOREIGN):
+                assert first_address(await ask_udp(front.udp, make_query(name), "::1"))
+
+    run(main())
+
+
+@pytest.mark.parametrize("data", [bytes(4), b"\1\2\1\0" + bytes(5000)])
+def test_udp_answers_broken_messages(data: bytes) -> None:
+    async def main() -> None:
+        async with serving() as front:
+            answer = await ask_udp(front.udp, data)
+            assert (answer[:2], answer[3] & 15) == (data[:2], 1)
+
+    run(main())
+
+
+def test_more_datagrams_than_a_batch_are_all_answered() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            loop = asyncio.get_running_loop()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.connect(("127.0.0.1", front.udp))
+                wanted = {bytes([1, n]) for n in range(2 * BATCH)}
+                for id_ in wanted:
+                    sock.send(make_query(NAME, id_=int.from_bytes(id_)))
+                got = {(await loop.sock_recv(sock, 512))[:2] for _ in wanted}
+            assert got == wanted
+            assert front.names.asked.count(NAME) >= 1
+
+    run(main())
+
+
+def test_udp_answers_when_too_much_is_under_way() -> None:
+    async def main() -> None:
+        async with serving(Limits(in_flight=1)) as front:
+            front.upstreams.gate = asyncio.Event()
+            held = asyncio.ensure_future(ask_udp(front.udp, make_query(FOREIGN)))
+            await wait_until(lambda: front.counters["in_flight_now"] == 1)
+            answer = await ask_udp(front.udp, make_query("other.example.test"))
+            assert DNSRecord.parse(answer).header.rcode == 2
+            front.upstreams.gate.set()
+            await held
+
+    run(main())
+
+
+def test_answer_that_cannot_be_sent_is_counted() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            front.udp_server._send(bytes(70000), ("127.0.0.1", 9))
+            assert front.counters["send_failures"] == 1
+            front.udp_server.close()
+            front.udp_server._send(b"late", ("127.0.0.1", 9))
+            assert front.counters["send_failures"] == 2
+
+    run(main())
+
+
+def test_tcp_answers_several_questions_on_one_connection_as_they_become_ready() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            front.upstreams.gate = asyncio.Event()
+            reader, writer = await connect_tcp(front.tcp)
+            slow, quick = make_query(FOREIGN, id_=1), make_query(NAME, id_=2)
+            writer.write(frame(slow) + frame(quick))
+            assert (await read_frame(reader))[:2] == b"\0\2"
+            front.upstreams.gate.set()
+            assert await read_frame(reader) == forwarded_answer(slow)
+            writer.close()
+
+    run(main())
+
+
+def test_tcp_message_may_arrive_byte_by_byte() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            reader, writer = await connect_tcp(front.tcp)
+            for byte in frame(make_query(NAME)):
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0)
+            assert first_address(await read_frame(reader)) == "100.64.0.7"
+            writer.close()
+
+    run(main())
+
+
+def test_tcp_client_that_half_closes_still_gets_its_answers() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            front.upstreams.gate = asyncio.Event()
+            reader, writer = await connect_tcp(front.tcp)
+            writer.write(frame(make_query(FOREIGN)))
+            writer.write_eof()
+            await wait_until(lambda: bool(front.upstreams.asked))
+            front.upstreams.gate.set()
+            assert await read_frame(reader) == forwarded_answer(make_query(FOREIGN))
+            assert await reader.read() == b""
+            writer.close()
+
+    run(main())
+
+
+def test_tcp_broken_message_is_answered_and_the_connection_goes_on() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            reader, writer = await connect_tcp(front.tcp)
+            writer.write(frame(bytes(5000)) + frame(b"") + frame(make_query(NAME)))
+            assert (await read_frame(reader))[3] & 15 == 1
+            assert first_address(await read_frame(reader)) == "100.64.0.7"
+            writer.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0", b"\0\x20abc"])
+def test_idle_tcp_connection_is_closed(sent: bytes) -> None:
+    async def main() -> None:
+        async with serving(tcp_limits=TcpLimits(idle_seconds=0.05)) as front:
+            reader, writer = await connect_tcp(front.tcp)
+            writer.write(sent)
+            assert await reader.read() == b""
+            writer.close()
+
+    run(main())
+
+
+def test_questions_under_way_on_one_connection_are_bounded() -> None:
+    async def main() -> None:
+        async with serving(tcp_limits=TcpLimits(questions=3)) as front:
+            front.upstreams.gate = asyncio.Event()
+            reader, writer = await connect_tcp(front.tcp)
+            for number in range(10):
+                writer.write(frame(make_query(f"n{number}.test", id_=number)))
+            await wait_until(lambda: len(front.upstreams.asked) == 3)
+            await ask_udp(front.udp, make_query(NAME))
+            assert len(front.upstreams.asked) == 3
+            front.upstreams.gate.set()
+            ids = {(await read_frame(reader))[1] for _ in range(10)}
+            assert ids == set(range(10))
+            writer.close()
+
+    run(main())
+
+
+def test_idle_connection_makes_room_for_a_new_one() -> None:
+    async def main() -> None:
+        async with serving(tcp_limits=TcpLimits(connections=2)) as front:
+            first, second, third = [await connect_tcp(front.tcp) for _ in range(3)]
+            assert await first[0].read() == b""
+            for reader, writer in (second, third):
+                writer.write(frame(make_query(NAME)))
+                assert first_address(await read_frame(reader)) == "100.64.0.7"
+            for _, writer in (first, second, third):
+                writer.close()
+
+    run(main())
+
+
+def test_busy_connections_are_not_given_up_for_a_new_one() -> None:
+    async def main() -> None:
+        async with serving(tcp_limits=TcpLimits(connections=1)) as front:
+            front.upstreams.gate = asyncio.Event()
+            reader, writer = await connect_tcp(front.tcp)
+            writer.write(frame(make_query(FOREIGN)))
+            await wait_until(lambda: bool(front.upstreams.asked))
+            other, other_writer = await connect_tcp(front.tcp)
+            with contextlib.suppress(ConnectionResetError):
+                assert await other.read() == b""
+            assert front.counters["overloads"] == 1
+            front.upstreams.gate.set()
+            assert await read_frame(reader) == forwarded_answer(make_query(FOREIGN))
+            writer.close()
+            other_writer.close()
+
+    run(main())
+
+
+def test_client_that_does_not_read_is_cut_off_and_little_is_kept_for_it() -> None:
+    async def main() -> None:
+        async with serving(tcp_limits=TcpLimits(write_seconds=0.1)) as front:
+            front.upstreams.respond = lambda data: forwarded_answer(data) + bytes(60000)
+            loop = asyncio.get_running_loop()
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                sock.setblocking(False)
+                await loop.sock_connect(sock, ("127.0.0.1", front.tcp))
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(400):
+                        await loop.sock_sendall(sock, frame(make_query(FOREIGN)))
+                await wait_until(lambda: front.counters["tcp_connections_now"] == 0)
+            # Socket buffers of the kernel (a few megabytes at most) and our own bound.
+            assert len(front.upstreams.asked) < 200
+
+    run(main())
+
+
+def test_client_that_goes_away_leaves_nothing() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            front.upstreams.gate = asyncio.Event()
+            _, writer = await connect_tcp(front.tcp)
+            writer.write(frame(make_query(FOREIGN)))
+            await wait_until(lambda: bool(front.upstreams.asked))
+            writer.transport.abort()
+            front.upstreams.gate.set()
+            await wait_until(lambda: front.counters["tcp_connections_now"] == 0)
+
+    run(main())

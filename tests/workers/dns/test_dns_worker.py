@@ -1,0 +1,142 @@
+"""The whole worker in this process: real sockets, the channel and the bus played by the test."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from dns_fakes import (
+    PREFIX,
+    FakeServer,
+    ask_udp,
+    connect_tcp,
+    forwarded_answer,
+    frame,
+    make_network,
+    make_query,
+    packed,
+    read_frame,
+    run,
+    wait_until,
+)
+from dnslib import DNSRecord
+
+from ipc.addresses import ipv6_twin
+from ipc.messages import (
+    AddressResolved,
+    AnyMessage,
+    BusKeys,
+    Common,
+    ConfigureDns,
+    NameOutcome,
+    NameResolved,
+    NetworkChanged,
+    ResolveAddress,
+    ResolveName,
+    Upstream,
+    UpstreamChanged,
+)
+from workers.dns import worker
+
+NAME = "pg.root.example.test"
+KEY = "k" * 40
+
+
+class FakeBus:
+    """One proxy: knows NAME, calls everything else foreign."""
+
+    def __init__(self, on_message: Callable[[AnyMessage], None]) -> None:
+        self._on_message = on_message
+        self.received: list[AnyMessage] = []
+
+    def send(self, message: AnyMessage) -> None:
+        self.received.append(message)
+        asyncio.get_running_loop().call_soon(self._on_message, self._answer(message))
+
+    def _answer(self, message: AnyMessage) -> AnyMessage:
+        if isinstance(message, ResolveAddress):
+            known = message.ipv4 == packed("100.64.0.7")
+            return AddressResolved(request_id=message.request_id, name=NAME if known else None)
+        assert isinstance(message, ResolveName)
+        is_ours = message.name == NAME
+        return NameResolved(
+            request_id=message.request_id,
+            outcome=NameOutcome.ADDRESS if is_ours else NameOutcome.NOT_OURS,
+            ipv4=packed("100.64.0.7") if is_ours else None,
+            valid_seconds=60,
+        )
+
+
+class FakeRuntime:
+    """What the worker sees of its runtime."""
+
+    def __init__(self, upstream: list[Upstream]) -> None:
+        keys = BusKeys(public=KEY, secret=KEY, peers={})
+        self.config = ConfigureDns(
+            common=Common(
+                slot="dns",
+                proxies=2,
+                bus_dir="",
+                keys=keys,
+                heartbeat_seconds=1,
+                log_level="INFO",
+            ),
+            network=make_network(),
+            upstream=upstream,
+            ttl_seconds=10,
+        )
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        datagrams.bind(("127.0.0.1", 0))
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.udp: int = datagrams.getsockname()[1]
+        self.tcp: int = listener.getsockname()[1]
+        for sock in (datagrams, listener):
+            sock.setblocking(False)
+        self.descriptors = [datagrams.detach(), listener.detach()]
+        self.counters: dict[str, int] = {}
+        self.stopping = asyncio.Event()
+        self.is_ready = False
+        self.buses: dict[str, FakeBus] = {}
+        self.on_message: Callable[[Any, list[int]], None]
+
+    def ready(self) -> None:
+        self.is_ready = True
+
+    def join_bus(self, slot: str, on_message: Callable[[AnyMessage], None]) -> FakeBus:
+        self.buses[slot] = FakeBus(on_message)
+        return self.buses[slot]
+
+
+def test_worker_serves_follows_changes_and_stops() -> None:
+    async def main() -> None:
+        async with FakeServer(lambda data, _: [forwarded_answer(data)]) as fake:
+            upstream = [Upstream(address=packed("127.0.0.1"), port=fake.port)]
+            runtime = FakeRuntime(upstream)
+            task = asyncio.ensure_future(worker.main(runtime))  # type: ignore[arg-type]
+            await wait_until(lambda: runtime.is_ready)
+            assert sorted(runtime.buses) == ["proxy-0", "proxy-1"]
+
+            own = DNSRecord.parse(await ask_udp(runtime.udp, make_query(NAME, "AAAA")))
+            assert packed(str(own.rr[0].rdata)) == ipv6_twin(PREFIX, packed("100.64.0.7"))
+            reader, writer = await connect_tcp(runtime.tcp)
+            writer.write(frame(make_query("7.0.64.100.in-addr.arpa", "PTR")))
+            assert str(DNSRecord.parse(await read_frame(reader)).rr[0].rdata) == NAME + "."
+            foreign = make_query("www.example.test")
+            assert await ask_udp(runtime.udp, foreign) == forwarded_answer(foreign)
+
+            runtime.on_message(UpstreamChanged(upstream=[]), [])
+            answer = DNSRecord.parse(await ask_udp(runtime.udp, foreign))
+            assert answer.header.rcode == 2
+            runtime.on_message(NetworkChanged(network=make_network(ipv6=False)), [])
+            own = DNSRecord.parse(await ask_udp(runtime.udp, make_query(NAME, "AAAA")))
+            assert own.rr == []
+            assert runtime.counters["answers_nodata"] == 1
+            assert runtime.counters["upstream_failures"] == 1
+
+            runtime.stopping.set()
+            await task
+            # A TCP connection that is open at the end does not hold the worker up.
+            assert await reader.read() == b""
+            writer.close()
+
+    run(main())

@@ -1,0 +1,1 @@
+"""The DNS worker: answers for names of VNet, forwards everything else."""

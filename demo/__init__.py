@@ -1,0 +1,1 @@
+"""The embedded cluster and the private network of `vnet demo`; used by the tests too."""

@@ -1,0 +1,335 @@
+"""The gRPC services of the auth server, thin over `usercerts`, `resources` and the state.
+
+Errors become status codes by the table of lib/auth's trail package; expected refusals only.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from google.protobuf.empty_pb2 import Empty
+from grpclib.const import Status
+from grpclib.events import RecvRequest
+from grpclib.exceptions import GRPCError
+from grpclib.server import Stream
+
+from demo.cluster.errors import (
+    AccessError,
+    IdentityError,
+    NotFoundError,
+    PredicateError,
+    RequestError,
+)
+from demo.cluster.identity import Identity, decode_peer
+from demo.cluster.resources import MAX_PAGE, Page, Query, Row, rows_of, select
+from demo.cluster.state import MIN_CLIENT_MAJOR, SERVER_VERSION, ClusterState
+from demo.cluster.usercerts import generate_user_certs
+from workers.proxy.teleport.pb import (
+    auth_grpc,
+    auth_pb2,
+    header_pb2,
+    presence_grpc,
+    presence_pb2,
+    trust_grpc,
+    trust_pb2,
+    types_pb2,
+    vnet_grpc,
+    vnet_pb2,
+)
+
+_Service = TypeVar("_Service")
+_Request = TypeVar("_Request")
+_Reply = TypeVar("_Reply")
+
+# https://semver.org: what the `version` header must hold.
+_SEMVER = re.compile(r"(\d{1,9})\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", re.ASCII)
+
+# Kinds of ListUnifiedResources and the ResourceType of their rows.
+_UNIFIED_KINDS = {"app": "app_server", "node": "node", "db": "db_server"}
+
+
+def is_supported_version(text: str) -> bool:
+    """Whether a client that announces this version may go on."""
+    match = _SEMVER.fullmatch(text.removeprefix("v"))
+    return match is not None and int(match[1]) >= MIN_CLIENT_MAJOR
+
+
+@contextlib.contextmanager
+def _statuses() -> Iterator[None]:
+    """Turns refusals into gRPC statuses."""
+    try:
+        yield
+    except (AccessError, IdentityError) as error:
+        raise GRPCError(Status.PERMISSION_DENIED, str(error)) from error
+    except (RequestError, PredicateError) as error:
+        raise GRPCError(Status.INVALID_ARGUMENT, str(error)) from error
+    except NotFoundError as error:
+        raise GRPCError(Status.NOT_FOUND, str(error)) from error
+
+
+async def check_request(event: RecvRequest) -> None:
+    """Runs before every call: the client's version and its certificate's usage."""
+    version = event.metadata.get("version")
+    if version is not None and not is_supported_version(str(version)):
+        raise GRPCError(Status.PERMISSION_DENIED, "client version is unsupported")
+    with _statuses():
+        if decode_peer(event.peer.cert()).usage:
+            raise AccessError("access denied: invalid client certificate")
+
+
+def unary(
+    answer: Callable[[_Service, _Request, Identity], Awaitable[_Reply]],
+) -> Callable[[_Service, Stream[_Request, _Reply]], Coroutine[Any, Any, None]]:
+    """A gRPC handler around a method that turns (request, caller) into a reply."""
+
+    @functools.wraps(answer)
+    async def handle(self: _Service, stream: Stream[_Request, _Reply]) -> None:
+        request = await stream.recv_message()
+        if request is None:
+            raise GRPCError(Status.INVALID_ARGUMENT, "the request has no message")
+        with _statuses():
+            reply = await answer(self, request, decode_peer(stream.peer.cert()))
+        await stream.send_message(reply)
+
+    return handle
+
+
+class AuthService(auth_grpc.AuthServiceBase):
+    """proto.AuthService."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    @unary
+    async def Ping(  # noqa: N802
+        self, _request: auth_pb2.PingRequest, caller: Identity
+    ) -> auth_pb2.PingResponse:
+        return auth_pb2.PingResponse(
+            ClusterName=self._state.name,
+            ServerVersion=SERVER_VERSION,
+            ProxyPublicAddr=self._state.config.proxy_addr,
+            RemoteAddr=f"{caller.login_ip}:0",
+        )
+
+    @unary
+    async def GetDomainName(  # noqa: N802
+        self, _request: Empty, _caller: Identity
+    ) -> auth_pb2.GetDomainNameResponse:
+        return auth_pb2.GetDomainNameResponse(DomainName=self._state.name)
+
+    @unary
+    async def ListResources(  # noqa: N802
+        self, request: auth_pb2.ListResourcesRequest, caller: Identity
+    ) -> auth_pb2.ListResourcesResponse:
+        await asyncio.sleep(self._state.faults.slow_list_seconds)
+        if request.Limit <= 0:
+            raise RequestError("nonpositive parameter limit")
+        rows = rows_of(self._state, caller, request.ResourceType)
+        page = _page(rows, request)
+        return auth_pb2.ListResourcesResponse(
+            Resources=[row.resource for row in page.rows],
+            NextKey=page.next_key,
+            TotalCount=page.total if request.NeedTotalCount else 0,
+        )
+
+    @unary
+    async def ListUnifiedResources(  # noqa: N802
+        self, request: auth_pb2.ListUnifiedResourcesRequest, caller: Identity
+    ) -> auth_pb2.ListUnifiedResourcesResponse:
+        await asyncio.sleep(self._state.faults.slow_list_seconds)
+        kinds = [kind for kind in _UNIFIED_KINDS if not request.Kinds or kind in request.Kinds]
+        rows = [
+            dataclasses.replace(row, key=f"{row.fields['name']}/{kind}")
+            for kind in kinds
+            for row in rows_of(self._state, caller, _UNIFIED_KINDS[kind])
+        ]
+        page = _page(sorted(rows, key=lambda row: row.key), request)
+        return auth_pb2.ListUnifiedResourcesResponse(
+            Resources=[row.resource for row in page.rows], NextKey=page.next_key
+        )
+
+    @unary
+    async def ResolveSSHTarget(  # noqa: N802
+        self, request: auth_pb2.ResolveSSHTargetRequest, caller: Identity
+    ) -> auth_pb2.ResolveSSHTargetResponse:
+        for row in rows_of(self._state, caller, "node"):
+            node = row.resource.Node
+            if request.host in {node.Spec.Hostname, node.Metadata.Name}:
+                return auth_pb2.ResolveSSHTargetResponse(server=node)
+        raise NotFoundError(f"no matching hosts for {request.host!r}")
+
+    @unary
+    async def GenerateUserCerts(  # noqa: N802
+        self, request: auth_pb2.UserCertsRequest, caller: Identity
+    ) -> auth_pb2.Certs:
+        if self._state.faults.refuse_certs:
+            raise AccessError("access denied")
+        if self._state.root is not None:
+            raise AccessError(f"user {caller.user} is not of cluster {self._state.name}")
+        return generate_user_certs(self._state, caller, request, datetime.now(UTC))
+
+    @unary
+    async def IsMFARequired(  # noqa: N802
+        self, request: auth_pb2.IsMFARequiredRequest, _caller: Identity
+    ) -> auth_pb2.IsMFARequiredResponse:
+        required = self._is_mfa_required(request)
+        answer = auth_pb2.MFA_REQUIRED_YES if required else auth_pb2.MFA_REQUIRED_NO
+        return auth_pb2.IsMFARequiredResponse(Required=required, MFARequired=answer)
+
+    @unary
+    async def CreateAuthenticateChallenge(  # noqa: N802
+        self, request: auth_pb2.CreateAuthenticateChallengeRequest, caller: Identity
+    ) -> auth_pb2.MFAAuthenticateChallenge:
+        if self._state.root is not None:
+            raise NotFoundError(f"user {caller.user} is not of cluster {self._state.name}")
+        if not request.HasField("ContextUser"):
+            raise RequestError("only ContextUser challenges are available")
+        if request.HasField("MFARequiredCheck") and not self._is_mfa_required(
+            request.MFARequiredCheck
+        ):
+            return auth_pb2.MFAAuthenticateChallenge(MFARequired=auth_pb2.MFA_REQUIRED_NO)
+        return auth_pb2.MFAAuthenticateChallenge(
+            TOTP=auth_pb2.TOTPChallenge(), MFARequired=auth_pb2.MFA_REQUIRED_YES
+        )
+
+    def _is_mfa_required(self, request: auth_pb2.IsMFARequiredRequest) -> bool:
+        match request.WhichOneof("Target"):
+            case "App":
+                found = [
+                    a.session_mfa for a in self._state.config.apps if a.name == request.App.Name
+                ]
+                asked = request.App.Name
+            case "Node":
+                host = asked = request.Node.Node
+                found = [n.session_mfa for n in self._state.config.nodes if n.hostname == host]
+            case "Database":
+                asked = request.Database.ServiceName
+                found = [False for db in self._state.config.databases if db.name == asked]
+            case target:
+                raise RequestError(f"target {target} is not supported")
+        if not found:
+            raise NotFoundError(f"{asked!r} is not found")
+        return found[0]
+
+
+def _page(
+    rows: list[Row], request: auth_pb2.ListResourcesRequest | auth_pb2.ListUnifiedResourcesRequest
+) -> Page:
+    return select(
+        rows,
+        Query(
+            limit=min(request.Limit, MAX_PAGE) if request.Limit > 0 else MAX_PAGE,
+            start_key=request.StartKey,
+            predicate=request.PredicateExpression,
+            labels=dict(request.Labels),
+            words=list(request.SearchKeywords),
+        ),
+    )
+
+
+class VnetConfigService(vnet_grpc.VnetConfigServiceBase):
+    """teleport.vnet.v1.VnetConfigService."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    @unary
+    async def GetVnetConfig(  # noqa: N802
+        self, _request: vnet_pb2.GetVnetConfigRequest, _caller: Identity
+    ) -> vnet_pb2.VnetConfig:
+        config = self._state.config
+        if not config.has_vnet_config:
+            raise NotFoundError("vnet_config is not found")
+        return vnet_pb2.VnetConfig(
+            kind="vnet_config",
+            version="v1",
+            metadata=header_pb2.Metadata(name="vnet-config"),
+            spec=vnet_pb2.VnetConfigSpec(
+                ipv4_cidr_range=config.ipv4_cidr_range,
+                custom_dns_zones=[
+                    vnet_pb2.CustomDNSZone(suffix=zone) for zone in config.custom_dns_zones
+                ],
+            ),
+        )
+
+
+class PresenceService(presence_grpc.PresenceServiceBase):
+    """teleport.presence.v1.PresenceService."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    @unary
+    async def ListRemoteClusters(  # noqa: N802
+        self, request: presence_pb2.ListRemoteClustersRequest, _caller: Identity
+    ) -> presence_pb2.ListRemoteClustersResponse:
+        limit = request.page_size if 0 < request.page_size < MAX_PAGE else MAX_PAGE
+        names = sorted(name for name in self._state.leaves if name >= request.page_token)
+        return presence_pb2.ListRemoteClustersResponse(
+            remote_clusters=[self._remote_cluster(name) for name in names[:limit]],
+            next_page_token=names[limit] if len(names) > limit else "",
+        )
+
+    def _remote_cluster(self, name: str) -> types_pb2.RemoteClusterV3:
+        connection = "offline" if self._state.is_offline(name) else "online"
+        return types_pb2.RemoteClusterV3(
+            Kind="remote_cluster",
+            Version="v3",
+            Metadata=types_pb2.Metadata(Name=name, Namespace="default"),
+            Status=types_pb2.RemoteClusterStatusV3(Connection=connection),
+        )
+
+
+class TrustService(trust_grpc.TrustServiceBase):
+    """teleport.trust.v1.TrustService."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    @unary
+    async def GetCertAuthority(  # noqa: N802
+        self, request: trust_pb2.GetCertAuthorityRequest, _caller: Identity
+    ) -> types_pb2.CertAuthorityV2:
+        for cluster in self._trusted(request.type, include_key=request.include_key):
+            if cluster.name == request.domain:
+                return _certificate_authority(cluster, request.type)
+        raise NotFoundError(f"key /authorities/{request.type}/{request.domain} is not found")
+
+    @unary
+    async def GetCertAuthorities(  # noqa: N802
+        self, request: trust_pb2.GetCertAuthoritiesRequest, _caller: Identity
+    ) -> trust_pb2.GetCertAuthoritiesResponse:
+        trusted = self._trusted(request.type, include_key=request.include_key)
+        return trust_pb2.GetCertAuthoritiesResponse(
+            cert_authorities_v2=[_certificate_authority(c, request.type) for c in trusted]
+        )
+
+    def _trusted(self, kind: str, *, include_key: bool) -> tuple[ClusterState, ...]:
+        if include_key:
+            raise AccessError("access denied to read certificate authority keys")
+        if kind not in {"host", "user"}:
+            raise RequestError(f"authority type {kind!r} is not supported")
+        return self._state.trusted()
+
+
+def _certificate_authority(cluster: ClusterState, kind: str) -> types_pb2.CertAuthorityV2:
+    authority = cluster.host_ca if kind == "host" else cluster.user_ca
+    return types_pb2.CertAuthorityV2(
+        Kind="cert_authority",
+        SubKind=kind,
+        Version="v2",
+        Metadata=types_pb2.Metadata(Name=cluster.name, Namespace="default"),
+        Spec=types_pb2.CertAuthoritySpecV2(
+            Type=kind,
+            ClusterName=cluster.name,
+            ActiveKeys=types_pb2.CAKeySet(
+                SSH=[types_pb2.SSHKeyPair(PublicKey=authority.ssh_public_line())],
+                TLS=[types_pb2.TLSKeyPair(Cert=authority.tls.certificate_pem())],
+            ),
+        ),
+    )

@@ -1,0 +1,203 @@
+"""Reads the tsh home directory: profiles, credentials, trusted authorities. Never writes there.
+
+    <home>/<proxy>.yaml                       profile
+    <home>/keys/<proxy>/<user>.crt, .key      user certificate and its key, since v17
+    <home>/keys/<proxy>/<user>-x509.pem       user certificate, until v16; the key is <user>
+    <home>/keys/<proxy>/cas/<cluster>.pem     host authorities of a cluster
+
+Source: `api/profile/profile.go`, `api/utils/keypaths/keypaths.go`, `lib/client/keystore.go`. A
+login that is only half written reads as "not logged in"; the caller reads again when
+`fingerprint` changes.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TypeAlias
+
+from ipc.messages import ClusterState
+from workers.proxy.teleport.credentials import (
+    MAX_PEM_BYTES,
+    CredentialError,
+    Credentials,
+    parse_authorities,
+    parse_credentials,
+)
+from workers.proxy.teleport.errors import HardwareKeyError, safe_text
+from workers.proxy.teleport.profile import MAX_PROFILE_BYTES, Profile, ProfileError, parse_profile
+
+MAX_PROFILES = 100
+MAX_AUTHORITIES = 1000
+
+# (path, inode, size, modification time in nanoseconds) of every file that was looked at.
+Fingerprint: TypeAlias = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """One profile and what its files hold.
+
+    `state` is OK, NO_LOGIN or HARDWARE_KEY; whether the login has expired depends on the time:
+    `state_at`. `problem` is empty exactly for OK.
+    """
+
+    name: str
+    profile: Profile | None
+    credentials: Credentials | None
+    # Cluster name to its host authorities, DER.
+    authorities: Mapping[str, tuple[bytes, ...]] = field(repr=False)
+    state: ClusterState
+    problem: str
+
+    def state_at(self, now: datetime) -> tuple[ClusterState, str]:
+        """State at this time, with a sentence that says what to do (empty for OK)."""
+        if self.credentials is not None and now >= self.credentials.identity.not_after:
+            moment = self.credentials.identity.not_after.strftime("%Y-%m-%d %H:%M UTC")
+            return (
+                ClusterState.LOGIN_EXPIRED,
+                f"the login expired at {moment}: run tsh login --proxy={self.name}",
+            )
+        return self.state, self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """All profiles, sorted by name. `problem` says why there is none, or which file is broken."""
+
+    logins: tuple[Login, ...]
+    problem: str
+
+
+class _UnreadableError(Exception):
+    """A file cannot be read; the message names it."""
+
+
+def read_home(directory: Path) -> Home:
+    """Reads everything. Never raises for what the files hold: that becomes a `problem`."""
+    try:
+        names = _profile_names(directory)
+    except OSError as error:
+        return Home((), f"{directory} cannot be read ({error.strerror}): run tsh login")
+    if not names:
+        return Home((), f"no profile in {directory}: run tsh login --proxy=<address>")
+    logins = tuple(_read_login(directory, name) for name in names[:MAX_PROFILES])
+    excess = len(names) - MAX_PROFILES
+    problem = f"{directory} has {excess} profiles too many, they are ignored" if excess > 0 else ""
+    return Home(logins, problem)
+
+
+def fingerprint(directory: Path) -> Fingerprint:
+    """Changes whenever a file that `read_home` reads is replaced or written."""
+    return tuple(sorted(_stamps(directory)))
+
+
+def _profile_names(directory: Path) -> list[str]:
+    with os.scandir(directory) as entries:
+        return sorted(
+            entry.name.removesuffix(".yaml")
+            for entry in entries
+            if entry.name.endswith(".yaml") and entry.is_file(follow_symlinks=False)
+        )
+
+
+def _stamps(directory: Path) -> Iterator[tuple[str, int, int, int]]:
+    # Only what a login consists of: the folders of app and database certificates are not entered.
+    try:
+        names = _profile_names(directory)
+    except OSError:
+        return
+    for name in names[:MAX_PROFILES]:
+        yield from _stamp(directory / f"{name}.yaml")
+    for folder in _entries(directory / "keys")[:MAX_PROFILES]:
+        for path in _entries(folder) + _entries(folder / "cas"):
+            yield from _stamp(path)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _stamp(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    try:
+        found = path.stat()
+    except OSError:
+        return
+    if stat.S_ISREG(found.st_mode):
+        yield str(path), found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read_login(directory: Path, name: str) -> Login:
+    path = directory / f"{name}.yaml"
+    try:
+        profile = parse_profile(_read(path, MAX_PROFILE_BYTES))
+    except (ProfileError, _UnreadableError) as error:
+        problem = f"{path}: {error}: run tsh login --proxy={name}"
+        return _broken(name, None, ClusterState.NO_LOGIN, problem)
+    folder = directory / "keys" / profile.name
+    again = f"run tsh login --proxy={profile.web_host}:{profile.web_port}"
+    try:
+        certificate, key = _credential_files(folder, profile.user)
+        credentials = parse_credentials(
+            _read(certificate, MAX_PEM_BYTES), _read(key, MAX_PEM_BYTES)
+        )
+    except HardwareKeyError:
+        problem = (
+            f"{folder}: the private key is in a hardware token, which VNet cannot use: ask your "
+            "administrator for a login without hardware key policy"
+        )
+        return _broken(profile.name, profile, ClusterState.HARDWARE_KEY, problem)
+    except (CredentialError, _UnreadableError) as error:
+        problem = f"{folder}: {error}: {again}"
+        return _broken(profile.name, profile, ClusterState.NO_LOGIN, problem)
+    authorities = _read_authorities(folder / "cas")
+    root = credentials.identity.root_cluster
+    if root not in authorities:
+        problem = f"{folder / 'cas'}: no host authority of cluster {root}: {again}"
+        return _broken(profile.name, profile, ClusterState.NO_LOGIN, problem)
+    return Login(profile.name, profile, credentials, authorities, ClusterState.OK, "")
+
+
+def _broken(name: str, profile: Profile | None, state: ClusterState, problem: str) -> Login:
+    return Login(name, profile, None, {}, state, safe_text(problem))
+
+
+def _credential_files(folder: Path, user: str) -> tuple[Path, Path]:
+    try:
+        if (folder / f"{user}.crt").exists():
+            return folder / f"{user}.crt", folder / f"{user}.key"
+        if (folder / f"{user}-x509.pem").exists():
+            return folder / f"{user}-x509.pem", folder / user
+    except OSError as error:
+        raise _UnreadableError(f"it cannot be read ({error.strerror})") from error
+    raise CredentialError(f"no certificate of user {safe_text(user, 100)}")
+
+
+def _read_authorities(folder: Path) -> dict[str, tuple[bytes, ...]]:
+    authorities: dict[str, tuple[bytes, ...]] = {}
+    for path in [p for p in _entries(folder) if p.suffix == ".pem"][:MAX_AUTHORITIES]:
+        try:
+            authorities[path.stem] = parse_authorities(_read(path, MAX_PEM_BYTES))
+        except (CredentialError, _UnreadableError):
+            continue  # one cluster's broken file must not hide the others
+    return authorities
+
+
+def _read(path: Path, limit: int) -> bytes:
+    # O_NONBLOCK: a FIFO in the place of a file must not hang the reader.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - from a descriptor
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise _UnreadableError(f"{path.name} is no regular file")
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise _UnreadableError(f"{path.name} cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise _UnreadableError(f"{path.name} has more than {limit} bytes")
+    return data

@@ -1,0 +1,76 @@
+"""The profile file `<home>/<name>.yaml` that tsh writes at login. Pure.
+
+Source: `api/profile/profile.go`. Unknown keys are ignored; only what VNet needs is read.
+"""
+
+from dataclasses import dataclass
+
+import yaml
+
+from workers.proxy.teleport.names import split_host_port
+
+# tsh writes less than one kilobyte.
+MAX_PROFILE_BYTES = 64 * 1024
+
+
+class ProfileError(ValueError):
+    """The file is no complete profile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One proxy the user has logged in to."""
+
+    name: str  # host part of the web address, lower-case
+    web_host: str
+    web_port: int
+    user: str
+    cluster: str  # selected cluster, root or leaf; the profile name when the file has none
+    is_tls_routing_enabled: bool
+    is_conn_upgrade_required: bool
+    private_key_policy: str
+    mfa_mode: str
+
+
+def parse_profile(data: bytes) -> Profile:
+    """Reads the contents of a profile file.
+
+    Raises:
+        ProfileError: no YAML map, or an address or user name is missing or impossible.
+    """
+    values = _scalars(data)
+    address = values.get("web_proxy_addr", "")
+    if not address:
+        raise ProfileError("it has no web_proxy_addr")
+    try:
+        host, port = split_host_port(address)
+    except ValueError as error:
+        raise ProfileError(f"web_proxy_addr: {error}") from error
+    user = values.get("user", "")
+    # The user name is a part of file names under keys/.
+    if not user or "/" in user or "\0" in user or user in {".", ".."}:
+        raise ProfileError(f"user {user!r} is no user name" if user else "it has no user")
+    return Profile(
+        name=host,
+        web_host=host,
+        web_port=port,
+        user=user,
+        cluster=values.get("cluster") or host,
+        is_tls_routing_enabled=values.get("tls_routing_enabled") == "true",
+        is_conn_upgrade_required=values.get("tls_routing_conn_upgrade_required") == "true",
+        private_key_policy=values.get("private_key_policy", ""),
+        mfa_mode=values.get("mfa_mode", ""),
+    )
+
+
+def _scalars(data: bytes) -> dict[str, str]:
+    if len(data) > MAX_PROFILE_BYTES:
+        raise ProfileError(f"{len(data)} bytes are too many")
+    try:
+        # All scalars as text: a user named 123 or 2024-01-01 stays what it is.
+        values = yaml.load(data, Loader=yaml.BaseLoader)  # noqa: S506 - BaseLoader makes only text
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise ProfileError("it is no YAML") from error
+    if not isinstance(values, dict):
+        raise ProfileError("it is empty or no YAML map")
+    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, str)}

@@ -78,7 +78,12 @@ class _Driven:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._on_frames(frames)
+            try:
+                self._on_frames(frames)
+            except BaseException:
+                # What else waits is announced by no further edge.
+                self._look_again()
+                raise
         self._look_again()
 
 
@@ -119,7 +124,8 @@ class BusContext:
         """Closes every socket; what is still queued is dropped."""
         for driven in self._driven:
             driven.close()
-        self._context.term()
+        # Not term: it waits for ever for a socket whose bind or connect failed.
+        self._context.destroy(linger=0)
 
     def make_server_socket(self, on_frames: Callable[[list[zmq.Frame]], None]) -> _Driven:
         """A bound ROUTER socket at `<bus dir>/<slot>`."""

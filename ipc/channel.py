@@ -5,11 +5,12 @@ here blocks. End of file means that the other process is gone.
 """
 
 import array
+import os
 import socket
 from collections.abc import Sequence
 
 from ipc import codec
-from ipc.errors import BusyError, MalformedMessageError, PeerGoneError
+from ipc.errors import BusyError, ConversationError, MalformedMessageError, PeerGoneError
 from ipc.messages import AnyMessage, Message
 from ipc.permits import Role
 
@@ -85,11 +86,19 @@ class Channel:
         except OSError as error:
             raise PeerGoneError(f"{self._peer} is gone: {error}") from error
         descriptors = _descriptors_in(ancillary)
+        try:
+            return self._decode(data, flags), descriptors
+        except ConversationError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+
+    def _decode(self, data: bytes, flags: int) -> AnyMessage:
         if not data:
             raise PeerGoneError(f"{self._peer} closed the channel")
         if flags & socket.MSG_TRUNC:
             raise MalformedMessageError(f"{self._peer} sent more than a message may have")
-        return codec.decode(data, self._peer, self._me), descriptors
+        return codec.decode(data, self._peer, self._me)
 
 
 def _descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -9,6 +9,7 @@ and decoded, never unpickled.
     record on the pipe: | length, 2 bytes, big-endian | MessagePack array of LogLine |
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -30,15 +31,22 @@ _HEADER = struct.Struct(">H")
 # the supervisor busy; the burst is for the stack of a crash.
 _LINES_PER_SECOND: Final = 500
 _BURST_LINES: Final = 2000
+# How often it is told how many lines were cut, and how long the pipe is left alone before more of
+# a flood is read and thrown away.
+_TELL_SECONDS: Final = 1.0
+_FLOOD_PAUSE_SECONDS: Final = 0.02
+# Bytes of a logger's name; the names of modules are shorter, and ASCII.
+_MAX_NAME_BYTES: Final = 100
+_LAST_TIME: Final = 253402300799.0  # the end of the year 9999
 _LEVELS: Final = {level: logging.getLevelName(level) for level in (10, 20, 30, 40, 50)}
 
 
 class LogLine(msgspec.Struct, frozen=True, array_like=True):
     """What travels of a log record: text only."""
 
-    created: Annotated[float, Meta(ge=0)]
+    created: Annotated[float, Meta(ge=0, le=_LAST_TIME)]
     level: Annotated[int, Meta(ge=0, le=50)]
-    logger: Annotated[str, Meta(max_length=100)]
+    logger: Annotated[str, Meta(max_length=_MAX_NAME_BYTES)]
     text: str
 
 
@@ -56,19 +64,18 @@ def encode(record: logging.LogRecord) -> bytes:
         text = text.encode(errors="replace")[: room - 4].decode(errors="ignore") + " ..."
     text = text.encode(errors="replace").decode()
     level = min(max(record.levelno, 0), 50)
-    body = _encoder.encode(LogLine(record.created, level, record.name[:100], text))
+    name = record.name.encode("ascii", errors="replace")[:_MAX_NAME_BYTES].decode()
+    body = _encoder.encode(LogLine(record.created, level, name, text))
     return _HEADER.pack(len(body)) + body
 
 
 def decode(body: bytes) -> logging.LogRecord:
-    """The record in `body` (without the length).
+    """The record in `body` (without the length). Its text may have line breaks and worse.
 
     Raises:
         msgspec.MsgspecError, UnicodeDecodeError: it is none.
     """
     line = _decoder.decode(body)
-    # A forged line break must not look like a record of its own.
-    text = line.text.replace("\r", "\\r").replace("\n", "\n    ")
     return logging.makeLogRecord(
         {
             "name": line.logger,
@@ -76,7 +83,7 @@ def decode(body: bytes) -> logging.LogRecord:
             "levelname": _LEVELS.get(line.level, str(line.level)),
             "created": line.created,
             "msecs": line.created % 1 * 1000,
-            "msg": text,
+            "msg": line.text,
         }
     )
 
@@ -111,7 +118,7 @@ class PipeWriter:
     def _write(self, data: bytes) -> bool:
         try:
             os.write(self._descriptor, data)
-        except BlockingIOError:
+        except (BlockingIOError, BrokenPipeError):
             return False
         return True
 
@@ -135,6 +142,7 @@ class PipeReader:
         self._allowance = float(_BURST_LINES)
         self._last_refill = time.monotonic()
         self._cut = 0
+        self._told_at = 0.0
         os.set_blocking(descriptor, False)
 
     def get(self, timeout: float) -> logging.LogRecord:
@@ -145,26 +153,30 @@ class PipeReader:
             EOFError: the worker is gone, or what it writes are no records.
         """
         while True:
-            record = self._take()
-            if record is None:
+            body = self._take()
+            if body is None:
                 self._fill(timeout)
-                record = self._take()
-                if record is None:
+                body = self._take()
+                if body is None:
                     raise Empty
-            if self._is_allowed():
-                return record
+            if self._is_allowed(time.monotonic()):
+                return self._decode(body)
 
     def _fill(self, timeout: float) -> None:
+        if self._allowance < 1:
+            time.sleep(_FLOOD_PAUSE_SECONDS)
         poller = select.poll()
         poller.register(self._descriptor, select.POLLIN)
         if not poller.poll(timeout * 1000):
+            self._tell_cut()
             raise Empty
         data = os.read(self._descriptor, 16 * MAX_RECORD_BYTES)
         if not data:
+            self._tell_cut()
             raise EOFError
         self._buffer += data
 
-    def _take(self) -> logging.LogRecord | None:
+    def _take(self) -> bytes | None:
         if len(self._buffer) < _HEADER.size:
             return None
         (length,) = _HEADER.unpack_from(self._buffer)
@@ -174,6 +186,9 @@ class PipeReader:
             return None
         body = bytes(self._buffer[_HEADER.size : _HEADER.size + length])
         del self._buffer[: _HEADER.size + length]
+        return body
+
+    def _decode(self, body: bytes) -> logging.LogRecord:
         try:
             record = decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -187,23 +202,25 @@ class PipeReader:
         )
         raise EOFError
 
-    def _is_allowed(self) -> bool:
-        now = time.monotonic()
-        self._allowance = min(
-            float(_BURST_LINES),
-            self._allowance + (now - self._last_refill) * _LINES_PER_SECOND,
-        )
+    def _is_allowed(self, now: float) -> bool:
+        refill = (now - self._last_refill) * _LINES_PER_SECOND
+        self._allowance = min(float(_BURST_LINES), self._allowance + refill)
         self._last_refill = now
         if self._allowance < 1:
             self._cut += 1
             return False
         self._allowance -= 1
+        if now - self._told_at > _TELL_SECONDS:
+            self._told_at = now
+            self._tell_cut()
+        return True
+
+    def _tell_cut(self) -> None:
         if self._cut:
             logging.getLogger(__name__).warning(
                 "%s wrote too fast, %d log lines were cut", self._worker, self._cut
             )
             self._cut = 0
-        return True
 
     def qsize(self) -> int:
         return len(self._buffer)
@@ -262,5 +279,7 @@ def make_pipe() -> tuple[int, int]:
     """A pipe (read end, write end) with room for bursts, both close-on-exec."""
     reader, writer = os.pipe()
     # The default of 64 KiB is 16 full records; a megabyte is what an unprivileged process may set.
-    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
+    # Where pipes have taken all a user may have, the default must do.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
     return reader, writer

@@ -20,12 +20,19 @@ PROTOCOL_VERSION = 1
 PackedAddress: TypeAlias = Annotated[bytes, Meta(min_length=4, max_length=16)]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=253)]
 # One sentence for a log line or the status page; never a traceback, never a secret.
 SafeText: TypeAlias = Annotated[str, Meta(max_length=500)]
 # CIDR notation, "100.64.0.0/10" or "fd00::/64".
 Range: TypeAlias = Annotated[str, Meta(min_length=3, max_length=64)]
 Slot: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z]+(-[0-9]+)?$")]
+
+
+def _check_length(address: bytes) -> None:
+    # The decoder makes this a malformed message; a type with just two lengths it does not know.
+    if len(address) not in (4, 16):
+        raise ValueError(f"an address of {len(address)} bytes")
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
@@ -52,7 +59,7 @@ class Refusal(StrEnum):
 
 
 class ProxyHello(Message, frozen=True, tag=True):
-    """A proxy is ready for dial requests. Sent once after each (re)start."""
+    """A proxy is ready for dial requests. Sent each time it has connected to tun."""
 
     version: int = PROTOCOL_VERSION
 
@@ -65,6 +72,10 @@ class DialRequest(Message, frozen=True, tag=True):
     source_port: Port
     destination: PackedAddress
     destination_port: Port
+
+    def __post_init__(self) -> None:
+        _check_length(self.source)
+        _check_length(self.destination)
 
 
 class DialVerdict(Message, frozen=True, tag=True):
@@ -93,7 +104,7 @@ class NameOutcome(StrEnum):
 
 
 class ResolveName(Message, frozen=True, tag=True):
-    """What does this name stand for?"""
+    """What does this name, spelled as it was typed, stand for?"""
 
     request_id: Id
     name: Name
@@ -265,7 +276,7 @@ class Heartbeat(Message, frozen=True, tag=True):
     present values. Names are listed in docs/architecture.md.
     """
 
-    counters: dict[Annotated[str, Meta(max_length=64)], int]
+    counters: Annotated[dict[Annotated[str, Meta(max_length=64)], Count], Meta(max_length=500)]
 
 
 class OpenListener(Message, frozen=True, tag=True):
@@ -274,12 +285,18 @@ class OpenListener(Message, frozen=True, tag=True):
     address: PackedAddress
     port: Port
 
+    def __post_init__(self) -> None:
+        _check_length(self.address)
+
 
 class CloseListener(Message, frozen=True, tag=True):
     """This listener is no longer needed; the supervisor closes its copy."""
 
     address: PackedAddress
     port: Port
+
+    def __post_init__(self) -> None:
+        _check_length(self.address)
 
 
 class PeerMisbehaved(Message, frozen=True, tag=True):

@@ -137,11 +137,11 @@ class Query:
         return max(MIN_PAYLOAD_BYTES, self.edns.payload_bytes)
 
     @property
-    def name(self) -> str | None:
-        """The name lower-case without the last dot; None when it cannot be the name of a host."""
+    def spelling(self) -> str | None:
+        """The name as typed, without the last dot; None when it cannot be the name of a host."""
         if not self.labels or not all(map(_PLAIN_LABEL.fullmatch, self.labels)):
             return None
-        return b".".join(self.labels).lower().decode("ascii")
+        return b".".join(self.labels).decode("ascii")
 
     @property
     def text(self) -> str:

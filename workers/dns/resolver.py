@@ -54,14 +54,14 @@ class Resolver:
         self._flights: dict[str | bytes, asyncio.Task[ProxyToDns | None]] = {}
 
     async def resolve_name(self, name: str) -> NameResolved | None:
-        """What the name stands for; None when no proxy answered.
+        """What the name, as it was typed, stands for; None when no proxy answered.
 
         Raises:
             OverloadedError: too many questions wait already.
         """
         resolved = await self._share(
             name,
-            owner_of_name(name, self._proxies),
+            owner_of_name(name.lower(), self._proxies),
             lambda id_: ResolveName(request_id=id_, name=name),
         )
         return resolved if isinstance(resolved, NameResolved) else None

@@ -238,8 +238,8 @@ class DnsService:
         route = state.zones.route(query)
         if isinstance(route, VirtualAddress):
             return await self._answer_reverse(query, route)
-        if isinstance(route, HostName) and not state.foreign.get(route.name, time.monotonic()):
-            reply = await self._ask_proxies(state, query, route.name)
+        if isinstance(route, HostName) and not state.foreign.get(route.spelling, time.monotonic()):
+            reply = await self._ask_proxies(state, query, route)
             if reply is not None:
                 return reply
         forwarded = await self._upstreams.forward(query, over_tcp=over_tcp)
@@ -247,19 +247,23 @@ class DnsService:
             return _refusal(query, Rcode.SERVFAIL)
         return Reply(forwarded, Outcome.FORWARDED)
 
-    async def _ask_proxies(self, state: _State, query: Query, name: str) -> Reply | None:
-        """The answer of a proxy; None when the name is not ours."""
-        resolved = await self._names.resolve_name(name)
+    async def _ask_proxies(self, state: _State, query: Query, route: HostName) -> Reply | None:
+        """The answer of a proxy; None when the name is not ours.
+
+        Clusters compare names byte by byte, so that one spelling is not ours says nothing of
+        another.
+        """
+        resolved = await self._names.resolve_name(route.spelling)
         if resolved is None:
             log.debug("query %d %s: no proxy answers", query.id, query.text)
             return _refusal(query, Rcode.SERVFAIL)
         expires = time.monotonic() + resolved.valid_seconds if resolved.valid_seconds else ONCE
         if resolved.outcome is NameOutcome.NOT_OURS:
             if expires != ONCE:
-                state.foreign.put(name, value=True, expires=expires)
+                state.foreign.put(route.spelling, value=True, expires=expires)
             return None
         if expires != ONCE:
-            state.own.put(name, (resolved, expires), expires)
+            state.own.put(route.name, (resolved, expires), expires)
         return self._answer_name(state, query, resolved, expires)
 
     def _answer_name(

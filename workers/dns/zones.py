@@ -32,9 +32,10 @@ class Diagnostic:
 
 @dataclass(frozen=True, slots=True)
 class HostName:
-    """A name a proxy has to be asked about."""
+    """A name a proxy has to be asked about; `spelling` is the name as it was typed."""
 
     name: str
+    spelling: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +151,8 @@ class Zones:
                 return self._route_in_reverse_zone(place)
         if query.labels[-1].lower() == b"arpa":
             return Elsewhere()
-        name = query.name
-        return Elsewhere() if name is None else HostName(name)
+        spelling = query.spelling
+        return Elsewhere() if spelling is None else HostName(spelling.lower(), spelling)
 
     def covers(self, address: bytes) -> bool:
         """Whether a packed address lies in a virtual range."""

@@ -61,12 +61,16 @@ class _DamagedError(Exception):
 
 
 class BookTarget(msgspec.Struct, frozen=True, kw_only=True):
-    """What a name stood for when its cluster was last asked. `leaf` is empty for the root."""
+    """What a name stood for when its cluster was last asked. `leaf` is empty for the root.
+
+    `public_addr` is the name in the cluster's spelling, by which it finds the app again.
+    """
 
     profile: str
     leaf: str
     cluster: str
     app: str
+    public_addr: str = ""
 
 
 @dataclass(frozen=True, slots=True)

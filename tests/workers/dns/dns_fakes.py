@@ -89,7 +89,7 @@ class FakeNames:
         if self.gate is not None:
             await self.gate.wait()
         foreign = NameResolved(request_id=0, outcome=NameOutcome.NOT_OURS, valid_seconds=60)
-        return self.names.get(name, foreign)
+        return self.names.get(name.lower(), foreign)
 
     async def resolve_address(self, ipv4: bytes) -> AddressResolved | None:
         self.asked.append(ipv4)

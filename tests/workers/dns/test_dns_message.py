@@ -36,7 +36,7 @@ def test_question_is_read_as_typed() -> None:
     query = parse(make_query("wWw.Example.TEST", "AAAA", id_=77))
     assert query.labels == (b"wWw", b"Example", b"TEST")
     assert (query.id, query.qtype, query.qclass, query.edns) == (77, 28, 1, None)
-    assert query.name == "www.example.test"
+    assert query.spelling == "wWw.Example.TEST"
     assert query.text == "wWw.Example.TEST."
 
 
@@ -95,8 +95,8 @@ def test_longest_name_is_accepted() -> None:
     name = (b"\x3f" + b"a" * 63) * 3 + b"\x3d" + b"b" * 61 + b"\0"
     assert len(name) == 255
     query = parse(HEADER + name + b"\0\1\0\1")
-    assert query.name is not None
-    assert len(query.name) == 253
+    assert query.spelling is not None
+    assert len(query.spelling) == 253
 
 
 @pytest.mark.parametrize("opcode", [1, 2, 4, 5, 15])
@@ -120,7 +120,7 @@ def test_response_and_stump_are_no_queries(data: bytes) -> None:
 def test_name_no_host_can_have_is_not_given_to_a_proxy(label: bytes) -> None:
     data = HEADER + bytes([len(label)]) + label + b"\4test\0\0\1\0\1"
     query = parse(data)
-    assert query.name is None
+    assert query.spelling is None
     assert query.text.isprintable()
 
 

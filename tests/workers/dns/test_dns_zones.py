@@ -28,11 +28,11 @@ def route(name: str, *ranges: str, ipv6: bool = True) -> Route:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("pg.Root.example.test", HostName("pg.root.example.test")),
-        ("single", HostName("single")),
+        ("pg.Root.example.test", HostName("pg.root.example.test", "pg.Root.example.test")),
+        ("single", HostName("single", "single")),
         ("vnet-diag-00ff.any.zone", Diagnostic()),
         ("VNET-Diag-00ff.test", Diagnostic()),
-        ("vnet-dia.test", HostName("vnet-dia.test")),
+        ("vnet-dia.test", HostName("vnet-dia.test", "vnet-dia.test")),
         ("7.0.64.100.in-addr.arpa", VirtualAddress(packed("100.64.0.7"), 4)),
         ("7.0.64.100.IN-ADDR.ARPA", VirtualAddress(packed("100.64.0.7"), 4)),
         ("255.255.127.100.in-addr.arpa", VirtualAddress(packed("100.127.255.255"), 4)),

@@ -59,6 +59,7 @@ def cluster_file(name=NAME, **changes):
                 session_mfa=True,
             ),
             App(name="web", uri="http://127.0.0.1:1", public_addr="web.corp.test"),
+            App(name="mixed", uri="tcp://echo.backend.internal:7", public_addr="Mixed.Corp.test"),
         ),
         **changes,
     )
@@ -138,6 +139,17 @@ def test_other_names_are_not_ours(tmp_path):
             assert await bed.client.resolve(hostile) == NotOurs()
 
     asyncio.run(scenario())
+
+
+def test_an_app_with_capitals_in_its_address_is_found_as_typed(tmp_path):
+    async def main():
+        async with started(tmp_path) as bed:
+            assert isinstance(await bed.client.resolve("mixed.corp.test"), NotOurs)
+            target = await bed.client.resolve("mixed.corp.test", "Mixed.Corp.test")
+            assert isinstance(target, AppTarget)
+            assert target.app.name == "mixed"
+
+    asyncio.run(main())
 
 
 @LOOPS

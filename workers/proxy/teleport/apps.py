@@ -64,10 +64,10 @@ def make_app(app: types_pb2.AppV3) -> App | None:
 
 
 def select_app(servers: Iterable[types_pb2.AppServerV3], name: str) -> App | None:
-    """The TCP app with this public address (normalised); None when there is none."""
+    """The TCP app with this public address, in any spelling; None when there is none."""
     for server in servers:
         app = make_app(server.Spec.App)
-        if app is not None and app.name and normalise(app.public_addr) == name:
+        if app is not None and app.name and normalise(app.public_addr) == normalise(name):
             return app
     return None
 
@@ -106,7 +106,9 @@ class AppFinder:
         self._flight = SingleFlight[str, App | None]()
 
     async def find(self, name: str) -> App | None:
-        """The TCP app whose public address is `name` (normalised).
+        """The TCP app whose public address is `name`, without the trailing dot.
+
+        Asked for in this spelling and in lower case.
 
         Raises:
             TeleportError: the cluster cannot be asked and never was asked for this name.

@@ -118,8 +118,11 @@ class Teleport:
         """All clusters of all profiles, by profile name."""
         return [session.report() for session in self._sessions.values()]
 
-    async def resolve(self, name: str) -> AppTarget | NotOurs:
+    async def resolve(self, name: str, spelling: str = "") -> AppTarget | NotOurs:
         """What a DNS name stands for.
+
+        `spelling` is the name as it was typed: clusters compare byte by byte, so an app whose
+        public address has capitals is found by that alone.
 
         Raises:
             ZonesUnknownError: no cluster that answers claims the name, and of another one not even
@@ -133,7 +136,7 @@ class Teleport:
         failure: TeleportError | None = None
         for session in sessions:
             try:
-                target = await session.find(name)
+                target = await session.find(name, spelling or name)
             except TeleportError as error:
                 if failure is None or isinstance(failure, ZonesUnknownError):
                     failure = error

@@ -173,8 +173,10 @@ class Session:
         except TeleportError:
             return
 
-    async def find(self, name: str) -> AppTarget | None:
+    async def find(self, name: str, spelling: str) -> AppTarget | None:
         """The app behind a normalised name; None when no cluster of this profile has one.
+
+        `spelling` is the same name as it was typed.
 
         Raises:
             ZonesUnknownError: the cluster's zones are not known, so neither is whose the name is.
@@ -190,6 +192,8 @@ class Session:
                 raise
             return self._target(known)
         app = await self._apps.find(name) if self._apps is not None else None
+        if app is None and self._apps is not None and spelling != name:
+            app = await self._apps.find(spelling)
         return self._target(app) if app is not None else None
 
     async def _is_candidate(self, name: str) -> bool:

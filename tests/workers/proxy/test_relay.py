@@ -1,0 +1,484 @@
+import asyncio
+import hashlib
+import os
+import socket
+import ssl
+import struct
+import threading
+
+import pytest
+import uvloop
+from relay_bed import program, receive_all, run_in_bed, until
+from tls_peers import FarConnection, Peer, client_context, server_context, stranger, unframe
+
+from workers.proxy.relay import RelayEnd
+
+MEGABYTES = os.urandom(1 << 20) * 5
+PING = pytest.mark.parametrize("is_ping", [False, True], ids=["plain", "ping"])
+LOOPS = pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop])
+
+
+def alpn(is_ping: bool) -> str:
+    return "teleport-tcp-ping" if is_ping else "teleport-tcp"
+
+
+def digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def reset_on_close(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def push_for_ever(send) -> None:
+    while True:
+        send(MEGABYTES)
+
+
+async def one_program(bed, talk):
+    """One relayed program, `talk(connection)` in a thread; its result and the relay's outcome."""
+
+    def run():
+        with program(bed.address) as connection:
+            return talk(connection)
+
+    accepted = asyncio.create_task(bed.accept())
+    result = await asyncio.to_thread(run)
+    await accepted
+    await bed.ended()
+    return result, bed.outcomes[0]
+
+
+@PING
+@LOOPS
+def test_the_program_may_end_first_and_still_get_megabytes(is_ping, loop_factory):
+    def answer_after_the_end(far: FarConnection) -> None:
+        seen = digest(far.recv_all())
+        far.send(MEGABYTES + seen)
+        far.close_notify()
+
+    def talk(connection):
+        connection.sendall(MEGABYTES)
+        connection.shutdown(socket.SHUT_WR)
+        return receive_all(connection)
+
+    answer, outcome = run_in_bed(
+        Peer(answer_after_the_end, is_ping=is_ping),
+        lambda bed: one_program(bed, talk),
+        alpn=alpn(is_ping),
+        loop_factory=loop_factory,
+    )
+    assert digest(answer) == digest(MEGABYTES + digest(MEGABYTES))
+    assert outcome.end is RelayEnd.PROGRAM_CLOSED
+    assert (outcome.bytes_up, outcome.bytes_down) == (len(MEGABYTES), len(MEGABYTES) + 32)
+    assert not outcome.error
+
+
+@PING
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_the_app_may_end_first_and_still_get_megabytes(is_ping, version):
+    seen = []
+
+    def end_then_read(far: FarConnection) -> None:
+        far.send(MEGABYTES)
+        far.close_notify()
+        seen.append(digest(far.recv_all()))
+
+    def talk(connection):
+        received = receive_all(connection)
+        connection.sendall(MEGABYTES)
+        return received
+
+    peer = Peer(end_then_read, server_context(alpn(is_ping), version), is_ping=is_ping)
+    received, outcome = run_in_bed(peer, lambda bed: one_program(bed, talk), alpn=alpn(is_ping))
+    assert digest(received) == digest(MEGABYTES)
+    assert seen == [digest(MEGABYTES)]
+    assert outcome.end is RelayEnd.APP_CLOSED
+
+
+@PING
+def test_both_directions_run_at_once(is_ping):
+    def echo(far: FarConnection) -> None:
+        while data := far.recv():
+            far.send_raw(data)
+        far.close_notify()
+
+    def talk(connection):
+        received = []
+        reader = threading.Thread(target=lambda: received.append(receive_all(connection)))
+        reader.start()
+        connection.sendall(MEGABYTES)
+        connection.shutdown(socket.SHUT_WR)
+        reader.join()
+        return received[0]
+
+    # The echo sends the program's own frames back.
+    received, _ = run_in_bed(
+        Peer(echo, is_ping=is_ping), lambda bed: one_program(bed, talk), alpn=alpn(is_ping)
+    )
+    assert digest(received) == digest(MEGABYTES)
+
+
+def test_what_the_program_sends_is_framed():
+    seen = []
+
+    def read(far: FarConnection) -> None:
+        seen.append(b"".join(iter(far.recv, b"")))
+        far.close_notify()
+
+    def talk(connection):
+        connection.sendall(b"abc")
+        connection.shutdown(socket.SHUT_WR)
+        receive_all(connection)
+
+    run_in_bed(Peer(read, is_ping=True), lambda bed: one_program(bed, talk), alpn=alpn(True))
+    assert unframe(seen[0]) == b"abc"
+    assert seen == [b"\0\0\0\3abc"]
+
+
+def test_an_end_without_close_notify_is_the_apps_end():
+    def send_and_leave(far: FarConnection) -> None:
+        far.send(MEGABYTES)  # the socket is closed on return
+
+    received, outcome = run_in_bed(Peer(send_and_leave), lambda bed: one_program(bed, receive_all))
+    assert digest(received) == digest(MEGABYTES)
+    assert outcome.end is RelayEnd.APP_CLOSED
+
+
+def test_an_app_that_speaks_first_and_closes_before_the_program_comes_is_heard():
+    async def scenario(bed):
+        upstream = await bed.dial()
+        lost = asyncio.Event()
+        upstream.watch(lost.set)
+        await lost.wait()
+        assert upstream.early_bytes == 5
+        connection = program(bed.address)
+        with connection:
+            bed.start(upstream, await bed.accept_local())
+            received = await asyncio.to_thread(receive_all, connection)
+        await bed.ended()
+        return received
+
+    assert run_in_bed(Peer(lambda far: far.send(b"hello")), scenario) == b"hello"
+
+
+def test_early_data_beyond_the_limit_waits_in_the_kernel():
+    def greet(far: FarConnection) -> None:
+        far.send(MEGABYTES)
+        far.close_notify()
+
+    async def scenario(bed):
+        upstream = await bed.dial()
+        await until(lambda: upstream.early_bytes >= 64 * 1024)
+        await asyncio.sleep(0.05)
+        assert upstream.early_bytes < 64 * 1024 + len(bed.memory.plaintext)
+        assert not upstream.is_lost
+        with program(bed.address) as connection:
+            bed.start(upstream, await bed.accept_local())
+            received = await asyncio.to_thread(receive_all, connection)
+        await bed.ended()
+        return received
+
+    assert digest(run_in_bed(Peer(greet), scenario)) == digest(MEGABYTES)
+
+
+def test_an_upstream_that_nobody_takes_is_ended_in_order():
+    ends = []
+
+    async def scenario(bed):
+        upstream = await bed.dial()
+        upstream.close()
+        await until(lambda: bool(ends))
+
+    run_in_bed(Peer(lambda far: ends.append(far.recv())), scenario)
+    assert ends == [b""]
+
+
+@PING
+def test_a_reset_by_the_app_resets_the_program(is_ping):
+    def reset(far: FarConnection) -> None:
+        far.recv()
+        far.reset()
+
+    def talk(connection):
+        connection.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+    _, outcome = run_in_bed(
+        Peer(reset, is_ping=is_ping), lambda bed: one_program(bed, talk), alpn=alpn(is_ping)
+    )
+    assert outcome.end is RelayEnd.APP_RESET
+    assert "reset" in outcome.error
+
+
+def test_a_vanished_program_resets_the_app():
+    def expect_reset(far: FarConnection) -> None:
+        far.send(b"ready")
+        with pytest.raises(ConnectionResetError):
+            far.recv_all()
+
+    def talk(connection):
+        connection.recv(100)
+        connection.sendall(b"data right before the reset")
+        reset_on_close(connection)
+
+    _, outcome = run_in_bed(Peer(expect_reset), lambda bed: one_program(bed, talk))
+    assert outcome.end is RelayEnd.PROGRAM_RESET
+
+
+def test_a_program_that_dies_after_its_end_is_noticed_while_the_app_is_silent():
+    def wait(far: FarConnection) -> None:
+        far.send(b"ready")
+        far.recv()
+        # The relay is over although nothing was sent down.
+        far.socket.recv(1000)
+
+    def talk(connection):
+        connection.recv(100)
+        connection.shutdown(socket.SHUT_WR)
+        reset_on_close(connection)
+
+    _, outcome = run_in_bed(Peer(wait), lambda bed: one_program(bed, talk))
+    assert outcome.end is RelayEnd.PROGRAM_CLOSED
+
+
+def test_an_app_that_dies_after_its_end_is_noticed_while_the_program_is_silent():
+    def end_then_die(far: FarConnection) -> None:
+        far.close_notify()
+        far.reset()
+
+    async def scenario(bed):
+        with program(bed.address):
+            await bed.accept()
+            await bed.ended()
+        return bed.outcomes[0]
+
+    outcome = run_in_bed(Peer(end_then_die), scenario)
+    assert outcome.end in {RelayEnd.APP_CLOSED, RelayEnd.APP_RESET, RelayEnd.BROKEN}
+
+
+def test_a_program_that_closes_while_the_app_sends_ends_the_relay():
+    def send_for_ever(far: FarConnection) -> None:
+        with pytest.raises(ConnectionError):
+            push_for_ever(far.send)
+
+    def talk(connection):
+        connection.recv(1000)
+
+    _, outcome = run_in_bed(Peer(send_for_ever), lambda bed: one_program(bed, talk))
+    assert outcome.end in {RelayEnd.PROGRAM_CLOSED, RelayEnd.PROGRAM_RESET}
+
+
+def test_an_app_that_answers_and_closes_while_the_program_sends_is_heard():
+    def answer_early(far: FarConnection) -> None:
+        far.recv()
+        far.send(b"too large")
+        # Closing with unread data sends a reset behind the answer.
+
+    def talk(connection):
+        with pytest.raises(ConnectionError):
+            push_for_ever(connection.sendall)
+
+    _, outcome = run_in_bed(Peer(answer_early), lambda bed: one_program(bed, talk))
+    assert outcome.bytes_down in {0, 9}
+    assert outcome.end in {RelayEnd.APP_CLOSED, RelayEnd.APP_RESET}
+
+
+def test_an_end_inside_a_ping_frame_is_no_end():
+    def cut(far: FarConnection) -> None:
+        far.send_raw(b"\0\0\0\5abc")
+        far.close_notify()
+        with pytest.raises(ConnectionResetError):
+            far.recv()
+
+    def talk(connection):
+        with pytest.raises(ConnectionResetError):
+            receive_all(connection)
+
+    _, outcome = run_in_bed(
+        Peer(cut, is_ping=True), lambda bed: one_program(bed, talk), alpn=alpn(True)
+    )
+    assert outcome.end is RelayEnd.BROKEN
+    assert "ping frame" in outcome.error
+
+
+def test_a_refused_client_certificate_is_reported():
+    """TLS 1.3: the dial succeeds, the alert comes behind it."""
+
+    async def scenario(bed):
+        upstream = await bed.dial()
+        lost = asyncio.Event()
+        upstream.watch(lost.set)
+        await lost.wait()
+        assert "alert" in upstream.error
+        with program(bed.address) as connection:
+            bed.start(upstream, await bed.accept_local())
+            with pytest.raises(ConnectionResetError):
+                await asyncio.to_thread(connection.recv, 1)
+        return bed.outcomes[0]
+
+    peer = Peer(lambda far: None, ignored_errors=(ssl.SSLError,))
+    outcome = run_in_bed(peer, scenario, context=client_context(issuer=stranger()))
+    assert outcome.end is RelayEnd.BROKEN
+    assert "alert" in outcome.error
+
+
+def test_a_corrupted_stream_resets_the_program():
+    def corrupt(far: FarConnection) -> None:
+        far.socket.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(ConnectionResetError):
+            far.socket.recv(1000)
+
+    def talk(connection):
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+    _, outcome = run_in_bed(Peer(corrupt), lambda bed: one_program(bed, talk))
+    assert outcome.end is RelayEnd.BROKEN
+    assert outcome.error.startswith("TLS failed")
+
+
+async def _stalled(bed, sent_so_far):
+    """Waits until a sender makes no more progress; returns how far it got."""
+    last = -1
+    while sent_so_far() != last or last == 0:
+        last = sent_so_far()
+        await asyncio.sleep(0.3)
+    return last
+
+
+def shrink(sock: socket.socket) -> None:
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, 64 * 1024)
+
+
+@PING
+def test_a_slow_program_slows_the_app(is_ping):
+    sent = []
+
+    def push(far: FarConnection) -> None:
+        shrink(far.socket)
+        for _ in range(400):
+            far.send(MEGABYTES[:100_000])
+            sent.append(100_000)
+        far.close_notify()
+
+    async def scenario(bed):
+        with program(bed.address) as connection:
+            shrink(connection)
+            await bed.accept()
+            relay = bed.relays[0]
+            stuck_at = await _stalled(bed, lambda: sum(sent))
+            assert stuck_at < 40_000_000
+            pending = relay._local.pending_bytes
+            assert 0 < pending <= bed.max_pending_bytes + len(bed.memory.plaintext)
+            received = await asyncio.to_thread(receive_all, connection)
+        await bed.ended()
+        return received
+
+    received = run_in_bed(Peer(push, is_ping=is_ping), scenario, alpn=alpn(is_ping))
+    assert digest(received) == digest(MEGABYTES[:100_000] * 400)
+
+
+@PING
+def test_a_slow_app_slows_the_program(is_ping):
+    may_read = threading.Event()
+    seen = []
+
+    def read_late(far: FarConnection) -> None:
+        shrink(far.socket)
+        may_read.wait()
+        seen.append(digest(far.recv_all()))
+        far.close_notify()
+
+    async def scenario(bed):
+        sent = []
+
+        def push(connection):
+            for _ in range(100):
+                connection.sendall(MEGABYTES[:400_000])
+                sent.append(400_000)
+            connection.shutdown(socket.SHUT_WR)
+            return receive_all(connection)
+
+        with program(bed.address) as connection:
+            shrink(connection)
+            await bed.accept()
+            pushing = asyncio.create_task(asyncio.to_thread(push, connection))
+            stuck_at = await _stalled(bed, lambda: sum(sent))
+            assert stuck_at < 40_000_000
+            pending = bed.relays[0]._remote.pending_bytes
+            assert 0 < pending <= bed.max_pending_bytes + 2 * len(bed.memory.plaintext)
+            may_read.set()
+            await pushing
+        await bed.ended()
+
+    run_in_bed(Peer(read_late, is_ping=is_ping), scenario, alpn=alpn(is_ping))
+    assert seen == [digest(MEGABYTES[:400_000] * 100)]
+
+
+def test_close_delivers_what_was_read_and_ends_both_sides():
+    ends = []
+
+    def read(far: FarConnection) -> None:
+        far.send(b"down")
+        ends.append(far.recv_all())
+
+    async def scenario(bed):
+        with program(bed.address) as connection:
+            await bed.accept()
+            connection.sendall(b"up")
+            await until(lambda: bed.relays[0].bytes_up == 2 and bed.relays[0].bytes_down == 4)
+            bed.relays[0].close()
+            received = await asyncio.to_thread(receive_all, connection)
+        await bed.ended()
+        return received, bed.outcomes[0]
+
+    received, outcome = run_in_bed(Peer(read), scenario)
+    assert (received, ends) == (b"down", [b"up"])
+    assert outcome.end is RelayEnd.CLOSED
+
+
+def test_abort_resets_the_program():
+    def hold(far: FarConnection) -> None:
+        far.send(b"x")
+        with pytest.raises(ConnectionResetError):
+            far.recv()
+
+    async def scenario(bed):
+        with program(bed.address) as connection:
+            await bed.accept()
+            await asyncio.to_thread(connection.recv, 1)
+            bed.relays[0].abort()
+            bed.relays[0].abort()
+            with pytest.raises(ConnectionResetError):
+                await asyncio.to_thread(connection.recv, 1)
+        return bed.outcomes
+
+    (outcome,) = run_in_bed(Peer(hold), scenario)
+    assert outcome.end is RelayEnd.ABORTED
+
+
+def test_a_hundred_relays_at_once_do_not_mix():
+    def echo(far: FarConnection) -> None:
+        far.send(far.recv_all())
+        far.close_notify()
+
+    count = 100
+
+    async def scenario(bed):
+        def talk(index):
+            message = hashlib.sha256(bytes([index])).digest() * 2000
+            with program(bed.address) as connection:
+                connection.sendall(message)
+                connection.shutdown(socket.SHUT_WR)
+                return receive_all(connection) == message
+
+        with_threads = asyncio.gather(*(asyncio.to_thread(talk, n) for n in range(count)))
+        for _ in range(count):
+            await bed.accept()
+        assert all(await with_threads)
+        await bed.ended(count)
+
+    run_in_bed(Peer(echo), scenario)

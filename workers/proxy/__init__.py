@@ -1,0 +1,1 @@
+"""The proxy worker: credentials, clusters, and the relay of admitted connections."""

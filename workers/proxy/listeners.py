@@ -1,0 +1,151 @@
+"""This proxy's listening sockets on virtual addresses, and what is accepted on them.
+
+The supervisor opens each on request and keeps a copy, so that the backlog outlives this process.
+"""
+
+import asyncio
+import logging
+import socket
+from collections import OrderedDict
+from collections.abc import Callable
+
+from ipc.addresses import as_text
+from ipc.errors import BusyError
+from ipc.messages import CloseListener, ListenerOpened, ListenerRefused, Message, OpenListener
+
+log = logging.getLogger(__name__)
+
+# The supervisor answers within milliseconds; without it nothing works anyway.
+OPEN_SECONDS = 5.0
+# Connections accepted in one wake-up before other sockets get their turn.
+ACCEPT_BATCH = 64
+
+
+class NoListenerError(Exception):
+    """The supervisor does not open this listener; the text says why."""
+
+
+class ProxyListeners:
+    """At most `limit` listeners; the one used least recently makes room for another.
+
+    `is_needed(address, port)` says whether a connection is still expected there.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Message], None],
+        on_accept: Callable[[socket.socket], None],
+        is_needed: Callable[[bytes, int], bool],
+        limit: int,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._send = send
+        self._on_accept = on_accept
+        self._is_needed = is_needed
+        self._limit = limit
+        self._open: OrderedDict[tuple[bytes, int], socket.socket] = OrderedDict()
+        self._asked: dict[tuple[bytes, int], asyncio.Future[None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def ensure(self, address: bytes, port: int) -> None:
+        """Returns when connections to this address and port are accepted.
+
+        Raises:
+            NoListenerError: the supervisor refuses, or does not answer.
+        """
+        key = (address, port)
+        if key in self._open:
+            self._open.move_to_end(key)
+            return
+        future = self._asked.get(key)
+        if future is None:
+            self._ask(address, port)
+            future = self._asked[key] = self._loop.create_future()
+        try:
+            # Shielded: others may wait for the same listener.
+            await asyncio.wait_for(asyncio.shield(future), OPEN_SECONDS)
+        except TimeoutError as error:
+            # Another may have asked again meanwhile.
+            if self._asked.get(key) is future:
+                del self._asked[key]
+            raise NoListenerError("the supervisor did not answer") from error
+
+    def _ask(self, address: bytes, port: int) -> None:
+        try:
+            self._send(OpenListener(address=address, port=port))
+        except BusyError as error:
+            raise NoListenerError(str(error)) from error
+
+    def opened(self, message: ListenerOpened, descriptor: int) -> None:
+        """The supervisor sent a listener, asked for or left by a predecessor."""
+        key = (message.address, message.port)
+        listener = socket.socket(fileno=descriptor)
+        listener.setblocking(False)
+        if (before := self._open.pop(key, None)) is not None:
+            self._drop(before)
+        self._make_room()
+        self._open[key] = listener
+        self._loop.add_reader(listener.fileno(), self._accept, listener)
+        if (future := self._asked.pop(key, None)) is not None and not future.done():
+            future.set_result(None)
+
+    def refused(self, message: ListenerRefused) -> None:
+        """The supervisor does not open this listener."""
+        future = self._asked.pop((message.address, message.port), None)
+        if future is not None and not future.done():
+            future.set_exception(NoListenerError(message.reason))
+            # Whoever asked may have been cancelled meanwhile.
+            future.exception()
+
+    def close(self) -> None:
+        """Closes this process's copies; what waits in the backlogs waits on."""
+        for listener in self._open.values():
+            self._drop(listener)
+        self._open.clear()
+
+    def _make_room(self) -> None:
+        if len(self._open) < self._limit:
+            return
+        for key, listener in self._open.items():
+            if not self._is_needed(*key):
+                del self._open[key]
+                self._drop(listener)
+                self._send(CloseListener(address=key[0], port=key[1]))
+                return
+
+    def _drop(self, listener: socket.socket) -> None:
+        self._loop.remove_reader(listener.fileno())
+        listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                connection, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # No descriptor is left, or the program went away in between.
+                log.warning("a connection could not be accepted: %s", error)
+                return
+            connection.setblocking(False)
+            self._on_accept(connection)
+
+
+def flow_key(connection: socket.socket) -> tuple[bytes, int, bytes, int]:
+    """(source, source port, destination, destination port) of an accepted connection, packed."""
+    family = connection.family
+    source, destination = connection.getpeername(), connection.getsockname()
+    return (
+        socket.inet_pton(family, source[0].partition("%")[0]),
+        source[1],
+        socket.inet_pton(family, destination[0].partition("%")[0]),
+        destination[1],
+    )
+
+
+def describe(address: bytes, port: int) -> str:
+    """`100.64.3.4:80` or `[fd00::1]:80`, for log lines."""
+    text = as_text(address)
+    return f"{text}:{port}" if len(address) == 4 else f"[{text}]:{port}"

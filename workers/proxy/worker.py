@@ -1,0 +1,181 @@
+"""The proxy worker: answers dns, gives verdicts to tun, relays what was admitted."""
+
+import asyncio
+import logging
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from ipc import messages as m
+from ipc.errors import BusyError, PeerGoneError
+from ipc.messages import AnyMessage, ConfigureProxy
+from workers.proxy.admission import Admission
+from workers.proxy.book import Book, BookError
+from workers.proxy.listeners import ProxyListeners
+from workers.proxy.naming import Naming
+from workers.proxy.reactor import Reactor
+from workers.proxy.teleport.client import Teleport, default_settings
+from workers.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+# Each costs two descriptors in this system; the least recently used makes room.
+MAX_LISTENERS = 4096
+# Questions of dns that are worked on at once; dns has its own limit, this one is for its faults.
+MAX_QUESTIONS = 2000
+COUNT_SECONDS = 0.5
+
+
+class ProxyWorker:
+    """Joins the parts to the bus and to the supervisor."""
+
+    def __init__(self, runtime: Runtime[ConfigureProxy]) -> None:
+        config = runtime.config
+        reserved = [config.network.tun_ipv4, config.network.dns_ipv4]
+        self._runtime = runtime
+        self._loop = asyncio.get_running_loop()
+        self._questions: set[asyncio.Task[None]] = set()
+        self._book = Book(
+            Path(config.book_path), reserved=[IPv4Address(address) for address in reserved]
+        )
+        self._teleport = Teleport(
+            Path(config.teleport_home),
+            default_settings(ca_file=config.ca_file, insecure=config.insecure),
+            on_change=self._report,
+        )
+        self._naming = Naming(self._teleport, self._book, config.network)
+        self._admission = Admission(
+            naming=self._naming,
+            teleport=self._teleport,
+            reactor=Reactor(asyncio.get_running_loop()),
+            answer=self._answer_tun,
+            counters=runtime.counters,
+            max_connections=config.max_connections,
+        )
+        self._listeners = ProxyListeners(
+            runtime.send, self._admission.accepted, self._admission.is_expected, MAX_LISTENERS
+        )
+        self._admission.listeners = self._listeners
+
+    async def run(self) -> None:
+        """Until the supervisor says stop."""
+        runtime = self._runtime
+        runtime.on_message = self._hear_supervisor
+        try:
+            self._book.open()
+        except BookError as error:
+            # It is tried again with each name; without it there are no addresses.
+            log.error("the address book cannot be opened: %s", error)
+        await self._teleport.start()
+        self._dns = runtime.serve_bus(self._hear_dns)
+        self._tun = runtime.join_bus("tun", self._hear_tun, self._greet_tun)
+        self._report()
+        runtime.ready()
+        self._count()
+        try:
+            await runtime.stopping.wait()
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        for task in list(self._questions):
+            task.cancel()
+        await asyncio.gather(*self._questions, return_exceptions=True)
+        await self._admission.close()
+        self._listeners.close()
+        await self._teleport.close()
+        self._book.close()
+
+    # -- supervisor --
+
+    def _hear_supervisor(self, message: AnyMessage, descriptors: list[int]) -> None:
+        match message:
+            case m.ListenerOpened() if descriptors:
+                self._listeners.opened(message, descriptors[0])
+            case m.ListenerOpened():
+                # The kernel takes it back when this process has no number left for it.
+                full = "this worker has no descriptor left"
+                self._listeners.refused(
+                    m.ListenerRefused(address=message.address, port=message.port, reason=full)
+                )
+            case m.ListenerRefused():
+                self._listeners.refused(message)
+            case m.NetworkChanged():
+                self._naming.network = message.network
+            case _:
+                log.error("unexpected %s from the supervisor", type(message).__name__)
+
+    def _report(self) -> None:
+        self._runtime.send(
+            m.ClustersReported(clusters=self._teleport.states(), problem=self._teleport.problem)
+        )
+
+    def _count(self) -> None:
+        self._admission.count()
+        self._runtime.counters["listeners_now"] = len(self._listeners)
+        self._loop.call_later(COUNT_SECONDS, self._count)
+
+    # -- tun --
+
+    def _greet_tun(self) -> None:
+        self._tun.send(m.ProxyHello())
+
+    def _hear_tun(self, message: AnyMessage) -> None:
+        if isinstance(message, m.DialRequest):
+            self._admission.request(message)
+        elif isinstance(message, m.DialAbandoned):
+            self._admission.abandon(message.flow_id)
+
+    def _answer_tun(self, verdict: m.DialVerdict) -> None:
+        try:
+            self._tun.send(verdict)
+        except BusyError as error:
+            log.error("a verdict was lost: %s", error)
+
+    # -- dns --
+
+    def _hear_dns(self, slot: str, message: AnyMessage) -> None:
+        if isinstance(message, m.ResolveAddress):
+            self._answer_dns(slot, self._address_resolved(message))
+        elif isinstance(message, m.ResolveName):
+            if len(self._questions) >= MAX_QUESTIONS:
+                failed = m.NameResolved(request_id=message.request_id, outcome=m.NameOutcome.FAILED)
+                self._answer_dns(slot, failed)
+                return
+            task = self._loop.create_task(self._resolve(slot, message))
+            self._questions.add(task)
+            task.add_done_callback(self._questions.discard)
+
+    async def _resolve(self, slot: str, question: m.ResolveName) -> None:
+        try:
+            answer = await self._naming.resolve(question.name)
+        except Exception:  # the outermost frame of the task; dns is told something
+            log.exception("%s could not be resolved", question.name)
+            resolved = m.NameResolved(request_id=question.request_id, outcome=m.NameOutcome.FAILED)
+        else:
+            resolved = m.NameResolved(
+                request_id=question.request_id,
+                outcome=answer.outcome,
+                ipv4=answer.ipv4,
+                valid_seconds=answer.valid_seconds,
+            )
+        self._answer_dns(slot, resolved)
+
+    def _address_resolved(self, question: m.ResolveAddress) -> m.AddressResolved:
+        try:
+            name = self._naming.name_of(question.ipv4)
+        except BookError as error:
+            log.error("the address book cannot be read: %s", error)
+            name = None
+        return m.AddressResolved(request_id=question.request_id, name=name)
+
+    def _answer_dns(self, slot: str, message: m.Message) -> None:
+        try:
+            self._dns.send(slot, message)
+        except (BusyError, PeerGoneError) as error:
+            # It asks another proxy, or the program asks again.
+            log.debug("an answer to %s was lost: %s", slot, error)
+
+
+async def main(runtime: Runtime[ConfigureProxy]) -> None:
+    """Runs the proxy worker until the supervisor says stop."""
+    await ProxyWorker(runtime).run()

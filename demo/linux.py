@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 # linux/sched.h
@@ -57,12 +58,7 @@ def keep_capabilities_over_exec() -> None:
 
     Only of use for another user than root, whose programs have all of them anyway.
     """
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    words = (ctypes.c_uint32 * 6)()
-    _check(_libc.capget(header, words), "capget")
-    # Two groups of (effective, permitted, inheritable).
-    words[2], words[5] = words[1], words[4]
-    _check(_libc.capset(header, words), "capset")
+    _set_inheritable(lambda permitted: permitted)
     for capability in range(LAST_CAPABILITY + 1):
         _libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0)
 
@@ -70,6 +66,16 @@ def keep_capabilities_over_exec() -> None:
 def drop_capabilities_on_exec() -> None:
     """Undoes `keep_capabilities_over_exec`."""
     _libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    _set_inheritable(lambda _permitted: 0)
+
+
+def _set_inheritable(choose: Callable[[int], int]) -> None:
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    words = (ctypes.c_uint32 * 6)()
+    _check(_libc.capget(header, words), "capget")
+    # Two groups of (effective, permitted, inheritable).
+    words[2], words[5] = choose(words[1]), choose(words[4])
+    _check(_libc.capset(header, words), "capset")
 
 
 def map_own_user(uid: int, gid: int) -> None:

@@ -235,44 +235,36 @@ class PipeReader:
 class _OwnQueueHandler(MultiProcessingHandler):  # type: ignore[misc]  # the package has no types
     """MultiProcessingHandler with one of the queues above in place of its pickling one."""
 
-    def __init__(
-        self, name: str, sub_handler: logging.Handler, own_queue: PipeWriter | PipeReader
-    ) -> None:
-        self._own_queue = own_queue
-        super().__init__(name, sub_handler)
-
-    @property
-    def queue(self) -> PipeWriter | PipeReader:
-        return self._own_queue
-
-    @queue.setter
-    def queue(self, pickling: object) -> None:
-        pickling.close()  # type: ignore[attr-defined]  # a multiprocessing.Queue
+    def __init__(self, sub_handler: logging.Handler, queue: PipeWriter | PipeReader) -> None:
+        # Not the constructor of the package, which makes a multiprocessing.Queue: its locks want
+        # a writable /dev/shm, and its thread would run in a worker that has yet to be confined.
+        logging.Handler.__init__(self)
+        self.sub_handler = sub_handler
+        self.setLevel(sub_handler.level)
+        self.setFormatter(sub_handler.formatter)
+        self.filters = sub_handler.filters
+        self.queue = queue
+        self._is_closed = False
 
 
 class WorkerLogHandler(_OwnQueueHandler):
     """The handler of a worker's root logger: writes to its pipe, receives nothing."""
 
     def __init__(self, descriptor: int) -> None:
-        super().__init__("log-writer", logging.NullHandler(), PipeWriter(descriptor))
-        # Confinement is per thread and comes next, so the thread the base class started must
-        # be over.
-        self._receive_thread.join()
+        super().__init__(logging.NullHandler(), PipeWriter(descriptor))
 
-    def _receive(self) -> None:
-        """A worker only sends."""
+    def close(self) -> None:
+        logging.Handler.close(self)
 
 
 class WorkerLogReceiver(_OwnQueueHandler):
     """The supervisor's receiver for one worker start: a thread that ends with the worker."""
 
     def __init__(self, descriptor: int, worker: str, sub_handler: logging.Handler) -> None:
-        super().__init__(f"log-{worker}", sub_handler, PipeReader(descriptor, worker))
-
-    @property
-    def thread(self) -> threading.Thread:
-        thread: threading.Thread = self._receive_thread
-        return thread
+        super().__init__(sub_handler, PipeReader(descriptor, worker))
+        self.thread = threading.Thread(target=self._receive, name=f"log-{worker}", daemon=True)
+        self._receive_thread = self.thread  # the name by which the package's close() joins it
+        self.thread.start()
 
 
 def make_pipe() -> tuple[int, int]:

@@ -22,6 +22,7 @@ from workers.proxy import dial
 from workers.proxy.book import BookError
 from workers.proxy.listeners import NoListenerError, ProxyListeners, describe, flow_key
 from workers.proxy.naming import Naming
+from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
 from workers.proxy.relay import Relay, RelayOutcome
 from workers.proxy.teleport.client import Teleport
@@ -72,6 +73,7 @@ class Admission:
         self._answer = answer
         self._counters = counters
         self._max_connections = max_connections
+        self._addresses = ProxyAddresses()
         self._dialling: dict[int, asyncio.Task[None]] = {}
         self._waiting: dict[FlowKey, _Waiting] = {}
         self._relays: set[Relay] = set()
@@ -138,6 +140,7 @@ class Admission:
             parameters.server_hostname,
             DIAL_SECONDS,
             self._reactor,
+            known=self._addresses,
         )
         return name, upstream
 

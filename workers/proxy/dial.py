@@ -11,8 +11,8 @@ import os
 import socket
 import ssl
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 
+from workers.proxy.proxy_addresses import AddressInfo, ProxyAddresses
 from workers.proxy.reactor import Reactor
 from workers.proxy.tls import (
     AlertReceivedError,
@@ -55,7 +55,6 @@ class DialSettings:
     """Figures of a dial; the defaults suit every real use."""
 
     attempt_delay_seconds: float = 0.25  # RFC 8305 section 5
-    max_addresses: int = 8
     max_early_bytes: int = 64 * 1024  # kept of what the far end sends before the relay starts
     # RFC 1122 section 4.2.3.6 wants keep-alive off by default, but a relay that waits for the
     # app's answer would never learn that the proxy is gone.
@@ -67,8 +66,6 @@ class DialSettings:
 _KEEPIDLE: int = getattr(socket, "TCP_KEEPIDLE", 0) or 0x10  # macOS: TCP_KEEPALIVE
 DEFAULT_SETTINGS = DialSettings()
 
-AddressInfo = tuple[int, int, int, str, tuple[object, ...]]  # as getaddrinfo gives it
-
 
 async def dial(
     host: str,
@@ -78,20 +75,20 @@ async def dial(
     timeout_seconds: float,
     reactor: Reactor,
     settings: DialSettings = DEFAULT_SETTINGS,
+    known: ProxyAddresses | None = None,
 ) -> Upstream:
     """Connects to `host` (name or address) and shakes hands.
 
-    `context` has the client certificate, the trust, and the ALPN list, of which one must be chosen; `server_hostname` is the
-    SNI and the name the certificate must be for. Nothing is left open when this raises or is
-    cancelled.
+    `context` has the client certificate, the trust, and the ALPN list, of which one must be
+    chosen; `server_hostname` is the SNI and the name the certificate must be for. `known`
+    remembers addresses between dials. Nothing is left open when this raises or is cancelled.
 
     Raises:
         DialError: one of its leaves.
     """
     try:
         async with asyncio.timeout(timeout_seconds):
-            addresses = await _resolve(host, port, settings.max_addresses)
-            sock = await _connect_first(addresses, settings.attempt_delay_seconds)
+            sock = await _connect_host(host, port, known or ProxyAddresses(), settings)
             return await _shake_hands(sock, context, server_hostname, reactor, settings)
     except TimeoutError as error:
         raise DialTimedOutError(f"{host}:{port}: no answer in {timeout_seconds:g} s") from error
@@ -115,14 +112,20 @@ class _ClosedInHandshakeError(Exception):
     """The far end closed or reset the connection before the handshake was done."""
 
 
-async def _resolve(host: str, port: int, max_addresses: int) -> list[AddressInfo]:
-    """Addresses to try, families alternating, the resolver's first choice first."""
-    loop = asyncio.get_running_loop()
-    found: list[AddressInfo] = list(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    first = [info for info in found if info[0] == found[0][0]]
-    second = [info for info in found if info[0] != found[0][0]]
-    mixed = chain.from_iterable(zip_longest(first, second))
-    return [info for info in mixed if info is not None][:max_addresses]
+async def _connect_host(
+    host: str, port: int, known: ProxyAddresses, settings: DialSettings
+) -> socket.socket:
+    """A connection to any address of the host; remembered addresses that fail are looked up."""
+    was_known = known.is_known(host, port)
+    try:
+        addresses = await known.find(host, port)
+        return await _connect_first(addresses, settings.attempt_delay_seconds)
+    except OSError:
+        known.forget(host, port)
+        if not was_known:
+            raise
+    addresses = await known.find(host, port)
+    return await _connect_first(addresses, settings.attempt_delay_seconds)
 
 
 async def _connect_first(addresses: list[AddressInfo], delay_seconds: float) -> socket.socket:

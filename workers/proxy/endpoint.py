@@ -16,6 +16,7 @@ from workers.proxy.reactor import DEAD, READABLE, WRITABLE, Reactor
 
 # SO_LINGER on with zero seconds: close sends RST and drops what is unsent.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_ORDINARY_CLOSE = struct.pack("ii", 0, 0)
 
 
 def _nothing() -> None:
@@ -38,6 +39,7 @@ class Endpoint:
         "_on_readable",
         "_pieces",
         "_reactor",
+        "_resets_when_killed",
         "pending_bytes",
         "socket",
     )
@@ -51,8 +53,18 @@ class Endpoint:
         self._on_readable: Callable[[], None] = _nothing
         self._on_clear: Callable[[], None] = _nothing
         self._on_error: Callable[[OSError], None] = _ignore
+        self._resets_when_killed = False
         self.pending_bytes = 0
         self.socket = sock
+
+    def reset_when_killed(self) -> None:
+        """Makes the kernel send RST if this process ends without closing the connection.
+
+        FIN, which it sends otherwise, would tell the program that it has received everything.
+        """
+        with suppress(OSError):  # it is lost anyway
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self._resets_when_killed = True
 
     def attach(
         self,
@@ -109,6 +121,18 @@ class Endpoint:
 
     def close(self) -> None:
         """Closes the socket: FIN, or RST if something received was never read."""
+        if self._resets_when_killed:
+            with suppress(OSError):
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ORDINARY_CLOSE)
+        self._close()
+
+    def reset(self) -> None:
+        """Closes the socket with RST."""
+        with suppress(OSError):  # it is closed anyway
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._close()
+
+    def _close(self) -> None:
         if self._events is not None:
             self._reactor.forget(self._fd)
             self._events = None
@@ -118,12 +142,6 @@ class Endpoint:
         # An owner refers to its endpoint: without this only the cycle collector frees both.
         self.attach(_nothing, _nothing, _ignore)
         self.socket.close()
-
-    def reset(self) -> None:
-        """Closes the socket with RST."""
-        with suppress(OSError):  # it is closed anyway
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        self.close()
 
     def _watch(self) -> None:
         """Tells the reactor what is awaited now. Once watched, a dead socket is noticed."""

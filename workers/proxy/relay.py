@@ -24,7 +24,7 @@ from workers.proxy.tls import TlsError
 from workers.proxy.upstream import Upstream
 
 # Kept per direction when the receiver is slower than the sender, beside the kernel's buffers.
-MAX_PENDING_BYTES = 64 * 1024
+MAX_PENDING_BYTES = 256 * 1024
 
 
 class RelayEnd(StrEnum):
@@ -113,6 +113,7 @@ class Relay:
         early = self._upstream.take()
         with suppress(OSError):  # gone already: reading tells
             self._local.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._local.reset_when_killed()
         self._local.attach(self._on_local_readable, self._on_local_clear, self._on_local_error)
         self._remote.attach(self._on_remote_readable, self._on_remote_clear, self._on_remote_error)
         self._local.resume()

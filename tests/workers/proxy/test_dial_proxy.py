@@ -18,6 +18,7 @@ from workers.proxy.dial import (
     ProxyUntrustedError,
     dial,
 )
+from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
 
 
@@ -191,6 +192,32 @@ def test_a_silent_address_is_overtaken():
             assert dial_over(addresses, peer.port) == ("127.0.0.1", peer.port)
         for filler in fillers:
             filler.close()
+
+
+def test_a_remembered_address_that_died_is_looked_up_again():
+    """A proxy that moved costs one failed attempt, not a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        dead = taken.getsockname()[1]
+
+    with Peer(lambda far: far.recv()) as peer:
+
+        async def talk(reactor):
+            ports = [dead, peer.port]
+
+            async def resolve(*_, **__):
+                port = ports.pop(0)
+                return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+            asyncio.get_running_loop().getaddrinfo = resolve
+            known = ProxyAddresses(remembered_seconds=60)
+            await known.find("proxy.test", 443)
+            upstream = await dial(
+                "proxy.test", 443, client_context(), SERVER_NAME, 10.0, reactor, known=known
+            )
+            upstream.close()
+            return ports
+
+        assert in_loop(talk, asyncio.new_event_loop) == []
 
 
 def test_all_addresses_dead_is_unreachable():

@@ -119,11 +119,15 @@ class Proxy:
         """Whether new connections are accepted."""
         return self._server is not None
 
-    async def stop(self) -> None:
-        """Stops listening and ends every connection."""
+    def stop_listening(self) -> None:
+        """Gives its address up; connections stay."""
         if self._server is not None:
             self._server.close()
             self._server = None
+
+    async def stop(self) -> None:
+        """Stops listening and ends every connection."""
+        self.stop_listening()
         await self.drop(*Kind)
 
     async def drop(self, *kinds: Kind, cluster: str | None = None) -> None:

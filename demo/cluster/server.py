@@ -90,6 +90,11 @@ class EmbeddedCluster:
     async def __aexit__(self, *_exc: object) -> None:
         await self.stop()
 
+    def stop_listening(self) -> None:
+        """Gives the proxies' addresses up, for a server of another kind; connections stay."""
+        for proxy in self._proxies.values():
+            proxy.stop_listening()
+
     async def start(self) -> None:
         """Listens, writes the home, watches the fault file.
 

@@ -1,0 +1,128 @@
+"""Measures a whole VNet with real programs, beside what they do without it.
+
+It runs in network, mount and process namespaces of its own and leaves nothing behind. Every figure
+has its baseline from the same run: the machine may be slow or busy, the relation tells. The table
+goes to standard error, one line of JSON to standard output. Needs root.
+
+    scripts/bench [--quick] [--only throughput|connect|dns|memory]
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import bench_bed
+import bench_connect
+import bench_dns
+import bench_memory
+import bench_throughput
+from bench_figures import Figure, table
+
+from demo.private_network import run_in_private_network
+
+# Memory first: the other parts leave buffers behind that an idle VNet does not have.
+PARTS = ("memory", "dns", "connect", "throughput")
+# Should anything hang, the kernel ends everything with the namespace's first process.
+LIMIT_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long each single measurement takes, and how often it is repeated."""
+
+    seconds: float
+    rounds: int
+    with_relays: bool
+
+
+THOROUGH = Effort(seconds=3, rounds=3, with_relays=True)
+QUICK = Effort(seconds=2, rounds=1, with_relays=False)
+
+
+def main() -> int:
+    """Reads the arguments and runs; the exit status is 0 when everything was measured."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="one short round, no relays")
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("it makes network namespaces and TUN devices: run as root")
+    effort = QUICK if arguments.quick else THOROUGH
+    parts = [arguments.only] if arguments.only else list(PARTS)
+
+    def work(directory: Path) -> int:
+        signal.alarm(LIMIT_SECONDS)
+        # The process does not leave through the interpreter's end.
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        return _measure(directory, parts, effort)
+
+    return run_in_private_network(work, _say, passes_interrupt=True)
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _measure(directory: Path, parts: list[str], effort: Effort) -> int:
+    begin = time.monotonic()
+    figures: list[Figure] = []
+    try:
+        with bench_bed.running(directory, only_dns=parts == ["dns"]) as bed:
+            for part in PARTS:
+                if part in parts:
+                    _say(f"{part} ...")
+                    figures += _part(part, bed, effort)
+    except (OSError, RuntimeError) as error:
+        _say(f"failed: {error}")
+        _show_logs(directory)
+        return 1
+    print(table(figures), file=sys.stderr)
+    report = {
+        "machine": _machine(),
+        "effort": {"seconds": effort.seconds, "rounds": effort.rounds},
+        "took_seconds": round(time.monotonic() - begin, 1),
+        "figures": [figure.as_json() for figure in figures],
+    }
+    print(json.dumps(report))
+    return 0
+
+
+def _part(part: str, bed: bench_bed.Bed, effort: Effort) -> list[Figure]:
+    if part == "memory":
+        return bench_memory.measure(bed)
+    if part == "dns":
+        return bench_dns.measure(bed, effort.seconds, effort.rounds)
+    if part == "connect":
+        return bench_connect.measure(bed, effort.seconds, effort.rounds)
+    plan = bench_throughput.Plan(effort.seconds, effort.rounds, effort.with_relays)
+    return bench_throughput.measure(bed, plan)
+
+
+def _machine() -> dict[str, object]:
+    return {
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
+    }
+
+
+def _show_logs(directory: Path) -> None:
+    for log in sorted(directory.rglob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()[-5:]
+        for line in lines:
+            _say(f"{log.name}: {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import struct
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -74,6 +75,8 @@ def _leave(work: Callable[[], int], report: Callable[[str], None]) -> NoReturn:
         report(str(error))
     except OSError as error:
         report(f"the demo cannot be set up: {error}")
+    except Exception:  # noqa: BLE001  # the outermost frame of the process
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -105,10 +108,17 @@ def _prepare_mounts() -> Path:
         ) from error
     for name in _MOUNT_POINTS:
         directory = Path(name)
-        if directory.is_dir() and not any(directory.iterdir()):
+        if _is_empty_directory(directory):
             linux.mount("vnet-demo", directory, "tmpfs", linux.MS_NOSUID, "mode=0755")
             return directory
     raise DemoError(f"no empty directory to mount on: empty one of {', '.join(_MOUNT_POINTS)}")
+
+
+def _is_empty_directory(path: Path) -> bool:
+    try:
+        return path.is_dir() and not any(path.iterdir())
+    except PermissionError:
+        return False
 
 
 def bring_up_loopback() -> None:

@@ -6,6 +6,7 @@ vnet0             VNet, started like any user would start it
 """
 
 import asyncio
+import contextlib
 import getpass
 import json
 import logging
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -37,7 +39,9 @@ from demo.private_network import (
     use_own_resolver,
 )
 from supervisor.cli.control_client import AskError, ask_status
+from supervisor.config import parse
 from supervisor.control_messages import Status
+from supervisor.exits import MisconfiguredError
 from supervisor.status import Health
 
 DNS_ADDRESS = "127.0.0.54"
@@ -45,6 +49,7 @@ FIRST_PROXY_ADDRESS = int(ip_address("127.0.1.1"))
 START_SECONDS = 60.0
 STOP_SECONDS = 8.0
 POLL_SECONDS = 0.02
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # Lines of VNet's log that are shown when the demo cannot be set up.
 LOG_LINES = 15
 
@@ -108,8 +113,10 @@ def _read_clusters(path: Path | None, proxy_addr: str = "") -> ClusterFile:
 
 def _read_config(path: Path | None) -> dict[str, Any]:
     try:
-        return {} if path is None else tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = "" if path is None else path.read_text()
+        parse(text)  # what is wrong with it is better said now than in the log of VNet
+        return tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, MisconfiguredError) as error:
         raise DemoError(f"{path}: {error}") from error
 
 
@@ -128,9 +135,10 @@ def _is_table(value: object) -> bool:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        inside = ", ".join(f"{json.dumps(key)} = {_value(item)}" for key, item in value.items())
+        inside = ", ".join(f"{_value(key)} = {_value(item)}" for key, item in value.items())
         return "{" + inside + "}"
-    return json.dumps(value)
+    # JSON's escapes for characters beyond 16 bits are none of TOML's.
+    return json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(slots=True)
@@ -158,7 +166,7 @@ class _Demo:
 
     def run(self, command: list[str]) -> int:
         """Sets everything up, runs the command, takes everything down."""
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._take_signal)
         bring_up_loopback()
         resolv_conf = use_own_resolver(self.directory, DNS_ADDRESS)
@@ -170,11 +178,16 @@ class _Demo:
             if command:
                 return self._run_command(command)
             self._explain()
-            while not self.stop_is_asked:
-                signal.pause()
+            self._wait_for_stop()
             return 0
         finally:
             self._stop(supervisor)
+
+    def _wait_for_stop(self) -> None:
+        # Blocked first: between a look at the flag and a pause a signal would be missed.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        if not self.stop_is_asked:
+            signal.sigwait(STOP_SIGNALS)
 
     def _take_signal(self, number: int, _frame: object) -> None:
         self.stop_is_asked = True
@@ -212,6 +225,8 @@ class _Demo:
             with os.fdopen(writer, "w") as pipe:
                 asyncio.run(self._serve(pipe))
             status = 0
+        except Exception:  # noqa: BLE001  # the outermost frame of the process
+            traceback.print_exc()
         finally:
             os._exit(status)
 
@@ -291,7 +306,9 @@ class _Demo:
         except subprocess.TimeoutExpired:
             supervisor.kill()
         for pid in self.helpers:
-            os.kill(pid, signal.SIGTERM)
+            # It may have ended by itself and been reaped.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     # -- the command --
 
@@ -300,6 +317,8 @@ class _Demo:
         if pid == 0:
             self._become(command)
         self.command = pid
+        if self.stop_is_asked:  # in between, when there was nobody to pass the signal on to
+            os.kill(pid, signal.SIGTERM)
         while True:
             # As process 1 this one is also handed the orphans of the command.
             ended, status = os.wait()
@@ -311,7 +330,7 @@ class _Demo:
     def _become(self, command: list[str]) -> None:
         """Replaces this forked process by the command."""
         try:
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             linux.drop_capabilities_on_exec()
             own_programs = Path(sys.executable).parent

@@ -124,8 +124,7 @@ class BusContext:
         """Closes every socket; what is still queued is dropped."""
         for driven in self._driven:
             driven.close()
-        # Not term: it waits for ever for a socket whose bind or connect failed.
-        self._context.destroy(linger=0)
+        self._context.term()
 
     def make_server_socket(self, on_frames: Callable[[list[zmq.Frame]], None]) -> _Driven:
         """A bound ROUTER socket at `<bus dir>/<slot>`."""
@@ -139,6 +138,10 @@ class BusContext:
             # libzmq unlinks and binds again without asking; that nobody else uses the path is
             # what the supervisor's lock and its reaping of the predecessor ensure.
             socket.bind(f"ipc://{self._dir / self._slot}")
+        except zmq.ZMQError:
+            # An open socket would let the end of the context wait for ever.
+            socket.close()
+            raise
         finally:
             os.umask(mask)
         return self._drive(socket, on_frames)

@@ -38,6 +38,8 @@ class Channel:
         self._socket = end
         self._me = me
         self._peer = peer
+        # Of all datagrams so far; the supervisor has a limit for it.
+        self.received_bytes = 0
         # An end that takes none gives the kernel no room for them, so they are closed unseen.
         self._ancillary_bytes = (
             socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
@@ -85,6 +87,7 @@ class Channel:
             return None
         except OSError as error:
             raise PeerGoneError(f"{self._peer} is gone: {error}") from error
+        self.received_bytes += len(data)
         descriptors = _descriptors_in(ancillary)
         try:
             return self._decode(data, flags), descriptors

@@ -26,7 +26,7 @@ Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=253)]
 SafeText: TypeAlias = Annotated[str, Meta(max_length=500)]
 # CIDR notation, "100.64.0.0/10" or "fd00::/64".
 Range: TypeAlias = Annotated[str, Meta(min_length=3, max_length=64)]
-Slot: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z]+(-[0-9]+)?$")]
+Slot: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z]+(-[0-9]+)?\Z")]
 
 
 def _check_length(address: bytes) -> None:

@@ -19,6 +19,10 @@ _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 SHORTEST_PREFIX: Final = 8
 # Ranges of all clusters together: each is a route.
 MAX_RANGES: Final = 64
+# Zones of all clusters together; each is shown, and becomes a setting of the system's resolver.
+MAX_ZONES: Final = 1000
+# More than these are counted: whoever sends a thousand wrong ones is no cluster.
+MAX_PROBLEMS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +36,40 @@ class Accepted:
 
 def accept(clusters: Sequence[Cluster], network: Network, upstream: Sequence[bytes]) -> Accepted:
     """Zones and ranges (VNet's own range first) to be used; `upstream` are packed addresses."""
-    problems: list[str] = []
-    zones: list[str] = []
-    ranges = [network.ranges[0]]
+    # Dicts, because the order counts and each is wanted once.
+    zones: dict[str, None] = {}
+    ranges = {network.ranges[0]: None}
+    problems: dict[str, None] = {}
     for cluster in clusters:
         for zone in cluster.zones:
-            if is_zone(zone):
-                zones.append(zone)
+            reason = _objection_to_zone(zone)
+            if reason is None and (zone in zones or len(zones) < MAX_ZONES):
+                zones[zone] = None
             else:
-                problems.append(
-                    f"The zone {zone!r} of cluster {cluster.name} is left out: it is no DNS name of"
-                    " two labels or more; correct vnet_config."
-                )
+                problems[_left_out(f"zone {zone!r}", cluster, reason)] = None
         for text in cluster.ranges:
             reason = objection(text, upstream)
-            if reason is None and len(ranges) < MAX_RANGES:
-                ranges.append(str(IPv4Network(text)))
+            plain = str(IPv4Network(text)) if reason is None else text
+            if reason is None and (plain in ranges or len(ranges) < MAX_RANGES):
+                ranges[plain] = None
             else:
-                problems.append(
-                    f"The range {text} of cluster {cluster.name} is left out:"
-                    f" {reason or 'there are too many'}; correct vnet_config."
-                )
-    return Accepted(
-        zones=list(dict.fromkeys(zones)),
-        ranges=list(dict.fromkeys(ranges)),
-        problems=problems,
+                problems[_left_out(f"range {text!r}", cluster, reason)] = None
+    shown = list(problems)
+    if len(shown) > MAX_PROBLEMS:
+        rest = len(shown) - MAX_PROBLEMS
+        shown[MAX_PROBLEMS:] = [f"{rest} more zones and ranges are left out: correct vnet_config."]
+    return Accepted(zones=list(zones), ranges=list(ranges), problems=shown)
+
+
+def _left_out(what: str, cluster: Cluster, reason: str | None) -> str:
+    return (
+        f"The {what} of cluster {cluster.name!r} is left out: {reason or 'there are too many'};"
+        " correct vnet_config."
     )
+
+
+def _objection_to_zone(text: str) -> str | None:
+    return None if is_zone(text) else "it is no DNS name of two labels or more"
 
 
 def is_zone(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 import msgspec
 
@@ -10,11 +10,9 @@ from ipc.messages import SetLogLevel
 from supervisor import config
 from supervisor import control_messages as cm
 from supervisor.exits import ExitStatus, MisconfiguredError
+from supervisor.run import Run
 from supervisor.status import Summary
 from supervisor.status_report import StatusReporter
-
-if TYPE_CHECKING:
-    from supervisor.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +20,7 @@ log = logging.getLogger(__name__)
 class Commands:
     """Answers one request at a time; who asks decides what is answered."""
 
-    def __init__(self, supervisor: "Supervisor") -> None:
+    def __init__(self, supervisor: Run) -> None:
         self._supervisor = supervisor
         self._reporter = StatusReporter(supervisor)
 

@@ -19,6 +19,10 @@ DEFAULT_PATH = Path("/etc/vnet/vnet.toml")
 DEFAULT_RANGE = "100.64.0.0/10"  # shared address space, RFC 6598
 # Names need at least 27 addresses beside network, TUN, DNS and broadcast: what Teleport demands.
 MIN_HOST_BITS = 5
+# RFC 6890: this network, loopback, link-local, multicast, reserved and broadcast.
+_SPECIAL = tuple(
+    map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4"))
+)
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,7 +129,7 @@ def parse(text: str) -> Config:
     """
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise MisconfiguredError([f"not valid TOML: {error}"]) from error
     problems: list[str] = []
     config = _convert(raw, Config, "", problems)
@@ -196,6 +200,12 @@ def _checks(config: Config) -> Iterator[_Check]:
         )
     for index, server in enumerate(dns.upstream):
         yield f"dns.upstream[{index}]", server, _is_server, "must be an address or address:port"
+    for name, path in (
+        ("teleport_home", config.teleport_home),
+        ("teleport.ca_file", config.teleport.ca_file),
+    ):
+        # Relative to what? The supervisor is started from anywhere.
+        yield name, path, lambda text: not text or text[0] in "~/", "must be an absolute path"
     yield "dns.ttl_seconds", dns.ttl_seconds, _between(0, 86400), "must be 0 to 86400"
     yield "proxy.workers", proxy.workers, _between(1, 64), "must be 1 to 64"
     yield (
@@ -240,9 +250,7 @@ def is_usable_range(text: str) -> bool:
         ValueError: it is no IPv4 range, or host bits are set.
     """
     network = IPv4Network(text)
-    return MIN_HOST_BITS <= 32 - network.prefixlen < 32 and not (
-        network.is_loopback or network.is_multicast or network.is_link_local
-    )
+    return 32 - network.prefixlen >= MIN_HOST_BITS and not any(map(network.overlaps, _SPECIAL))
 
 
 def split_server(text: str) -> tuple[str, int, str]:

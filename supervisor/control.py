@@ -10,7 +10,8 @@ from pathlib import Path
 
 from supervisor.control_messages import MAX_REQUEST_BYTES
 
-# Commands that are asked at the same time; more wait in the listen queue.
+# Commands that are asked at the same time. One more sends the oldest away: whoever means to ask
+# does so at once, whoever only holds connections must not keep others out.
 MAX_CLIENTS = 32
 # A client that neither asks nor reads is sent away.
 CLIENT_SECONDS = 5.0
@@ -74,8 +75,7 @@ class ControlSocket:
             return
         end.setblocking(False)
         if len(self._clients) >= MAX_CLIENTS:
-            end.close()
-            return
+            self._drop(next(iter(self._clients.values())))
         client = _Client(end, uid=_peer_uid(end), deadline=0.0)
         self._clients[end.fileno()] = client
         self._selector.register(

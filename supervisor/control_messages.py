@@ -4,6 +4,7 @@ One JSON object and a line feed in each direction, then the connection ends. Who
 from SO_PEERCRED.
 """
 
+from enum import StrEnum
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -34,10 +35,19 @@ class Restart(Request, frozen=True):
     worker: Annotated[str, Meta(min_length=1, max_length=32)]
 
 
+class Level(StrEnum):
+    """The log levels that can be chosen."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 class LogLevel(Request, frozen=True, tag="log-level"):
     """Changes the level of the supervisor and of every worker."""
 
-    level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")]
+    level: Level
 
 
 AnyRequest: TypeAlias = Status | Stop | Reload | Restart | LogLevel

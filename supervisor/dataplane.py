@@ -20,7 +20,7 @@ from ipc.addresses import as_text
 from ipc.messages import Network
 from supervisor import devices
 from supervisor.devices import Links
-from supervisor.exits import ConflictError, NotPermittedError
+from supervisor.exits import ConflictError, NotPermittedError, StartupError
 from supervisor.namespace import inside, make_network_namespace
 from supervisor.network import dns_addresses, ipv6_range
 
@@ -78,6 +78,9 @@ class NamespaceDataPlane:
         self._closing = contextlib.ExitStack()
         try:
             self._build()
+        except OSError as error:
+            self.close()
+            raise StartupError(f"the data plane cannot be made: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -133,7 +136,13 @@ class NamespaceDataPlane:
             self._inner = self._own_device(INNER_NAME)
             self._set_up_inner()
         self._set_up_outer()
-        self.set_ranges(self._network.ranges)
+        try:
+            self.set_ranges(self._network.ranges)
+        except FileExistsError as error:
+            raise ConflictError(
+                f"the range {self._network.ranges[0]} is routed to another interface: set"
+                " network.ipv4_cidr_range"
+            ) from error
 
     def _own_links(self) -> Links:
         links = Links()
@@ -153,6 +162,12 @@ class NamespaceDataPlane:
                 raise ConflictError(
                     f"the address {as_text(address)} is taken: set network.ipv4_cidr_range"
                 )
+        # Its prefix is random and kept in the state directory, so only another VNet can have it.
+        if self._network.tun_ipv6 in taken:
+            raise ConflictError(
+                f"the address {as_text(self._network.tun_ipv6)} is taken: another VNet runs with"
+                " this state directory; set --state-dir"
+            )
 
     def _set_up_inner(self) -> None:
         network, links = self._network, self._inner_links
@@ -168,6 +183,9 @@ class NamespaceDataPlane:
         if (block := ipv6_range(network)) and network.tun_ipv6:
             links.add_local(str(block))
             links.add_exception(INNER_NAME, network.tun_ipv6)
+        if network.dns_ipv6:
+            # ICMPv6 errors need an address to come from; that a range is local gives them none.
+            links.add_address("lo", network.dns_ipv6)
         # The DNS addresses are local before the range is, because sockets are bound now.
         links.add_local(f"{as_text(network.dns_ipv4)}/32")
         self._dns_sockets = [

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -64,8 +65,17 @@ def write_setting(path: str, value: str) -> None:
         Path("/proc/sys/net", path).write_text(value)
 
 
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """pyroute2's own error, which is no OSError, as the OSError it stands for."""
+    try:
+        yield
+    except NetlinkError as error:
+        raise OSError(error.code, os.strerror(error.code)) from error
+
+
 class Links:
-    """rtnetlink in the network namespace it was made in."""
+    """rtnetlink in the network namespace it was made in. Everything raises OSError."""
 
     def __init__(self) -> None:
         self._netlink = IPRoute()
@@ -75,25 +85,28 @@ class Links:
 
     def addresses(self) -> set[bytes]:
         """All packed addresses that this host has."""
-        found = (message.get_attr("IFA_ADDRESS") for message in self._netlink.get_addr())
+        with _translated():
+            found = [message.get_attr("IFA_ADDRESS") for message in self._netlink.get_addr()]
         return {ip_network(text).network_address.packed for text in found if text}
 
     def bring_up(self, name: str, mtu: int | None = None) -> None:
         index = self._index(name)
         options = {} if mtu is None else {"mtu": mtu}
-        self._netlink.link("set", index=index, state="up", **options)
+        with _translated():
+            self._netlink.link("set", index=index, state="up", **options)
 
     def add_address(self, name: str, address: bytes) -> None:
         """Adds one address without a subnet; an IPv6 one is usable at once (RFC 4862 5.4)."""
         version6 = len(address) == 16
-        self._netlink.addr(
-            "add",
-            index=self._index(name),
-            family=socket.AF_INET6 if version6 else socket.AF_INET,
-            address=_text(address),
-            prefixlen=128 if version6 else 32,
-            **({"flags": IFA_F_NODAD} if version6 else {}),
-        )
+        with _translated():
+            self._netlink.addr(
+                "add",
+                index=self._index(name),
+                family=socket.AF_INET6 if version6 else socket.AF_INET,
+                address=_text(address),
+                prefixlen=128 if version6 else 32,
+                **({"flags": IFA_F_NODAD} if version6 else {}),
+            )
 
     def add_route(self, name: str, destination: str, source: bytes) -> None:
         """Routes a range into the device, with our address as source."""
@@ -122,14 +135,29 @@ class Links:
 
     def _route(self, command: str, name: str, destination: str, **options: object) -> None:
         family = socket.AF_INET6 if ":" in destination else socket.AF_INET
+        index = self._index(name)
         try:
-            self._netlink.route(
-                command, dst=destination, oif=self._index(name), family=family, **options
+            with _translated():
+                self._netlink.route(command, dst=destination, oif=index, family=family, **options)
+        except OSError as error:
+            is_done = (
+                error.errno == errno.EEXIST and self._has_route(index, family, destination)
+                if command == "add"
+                else error.errno == errno.ESRCH
             )
-        except NetlinkError as error:
-            is_done = errno.EEXIST if command == "add" else errno.ESRCH
-            if error.code != is_done:
+            if not is_done:
                 raise
+
+    def _has_route(self, index: int, family: int, destination: str) -> bool:
+        """Whether the route that is in the way leads to this device and not to another."""
+        wanted = ip_network(destination)
+        with _translated():
+            return any(
+                route["dst_len"] == wanted.prefixlen
+                and route.get_attr("RTA_DST") == str(wanted.network_address)
+                and route.get_attr("RTA_OIF") == index
+                for route in self._netlink.get_routes(family=family)
+            )
 
     def _index(self, name: str) -> int:
         return socket.if_nametoindex(name)

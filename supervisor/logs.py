@@ -34,12 +34,24 @@ class StandardErrorHandler(logging.Handler):
             self.handleError(record)
 
 
+# What moves a terminal's cursor, or ends a line for some reader; the line feed is not among them.
+_CONTROLS = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*range(9), *range(11, 32), *range(127, 160), 0x2028, 0x2029)
+}
+
+
 class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.123Z INFO dns: message`, UTC."""
+    """`2026-01-31T12:00:00.123Z INFO dns: message`, UTC.
+
+    Messages quote what workers and clusters say. Lines after the first are indented, so that
+    none of them looks like a record.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = _stamp(record)
-        return f"{stamp} {record.levelname} {_worker(record)}: {_message(self, record)}"
+        message = _message(self, record).translate(_CONTROLS).replace("\n", "\n    ")
+        return f"{stamp} {record.levelname} {_worker(record)}: {message}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -70,7 +82,8 @@ def _message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     message = record.getMessage()
     if record.exc_info:
         message = f"{message}\n{formatter.formatException(record.exc_info)}"
-    return message
+    # File names that are no UTF-8 have no other form.
+    return message.encode(errors="replace").decode()
 
 
 def set_up(level: str, log_format: LogFormat) -> logging.Handler:

@@ -60,6 +60,7 @@ def _check(flags: argparse.Namespace) -> ExitStatus:
 
 def _run(flags: argparse.Namespace) -> ExitStatus:
     chosen = _settings(flags)
+    _fill_standard_descriptors()
     handler = logs.set_up(chosen.log_level, chosen.log_format)
     # Only a run needs netlink, TUN and psutil; --help and --check-config do without.
     from supervisor.supervisor import Supervisor  # noqa: PLC0415
@@ -74,6 +75,13 @@ def _run(flags: argparse.Namespace) -> ExitStatus:
     return ExitStatus.OK
 
 
+def _fill_standard_descriptors() -> None:
+    """Opens those of 0, 1 and 2 that the caller closed: no socket may get such a number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def _settings(flags: argparse.Namespace) -> Settings:
     read = config.read(flags.config)
     if read.dns.os_integration not in ("auto", "none"):
@@ -85,9 +93,10 @@ def _settings(flags: argparse.Namespace) -> Settings:
         config=read,
         config_path=flags.config,
         user=user,
-        teleport_home=settings.teleport_home(read, user, os.environ),
-        run_dir=settings.run_dir(flags.run_dir, os.environ),
-        state_dir=flags.state_dir or settings.DEFAULT_STATE_DIR,
+        # Absolute, because workers leave the present directory.
+        teleport_home=settings.teleport_home(read, user, os.environ).absolute(),
+        run_dir=settings.run_dir(flags.run_dir, os.environ).absolute(),
+        state_dir=(flags.state_dir or settings.DEFAULT_STATE_DIR).absolute(),
         log_level=flags.log_level.upper(),
         log_format=flags.log_format,
     )

@@ -6,12 +6,20 @@ import grp
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
-from supervisor.exits import ConflictError, NotPermittedError, StartupError
+from supervisor.exits import (
+    ConflictError,
+    MisconfiguredError,
+    NotPermittedError,
+    StartupError,
+)
 from supervisor.network import PREFIX_RANDOM_BYTES, ula_prefix
 from supervisor.settings import User
 
+# unix(7): a socket's path has 107 bytes, and "/bus/proxy-63" comes after the directory.
+MAX_PATH_BYTES = 107 - 13
 # Where numbers for a group nobody is in are looked for; above what distributions give out.
 _FREE_GROUPS = range(64_100, 65_000)
 
@@ -27,24 +35,19 @@ class RunDirectory:
             NotPermittedError: the directory cannot be made or written.
         """
         self.path = path
+        if len(os.fsencode(path.absolute())) > MAX_PATH_BYTES:
+            raise MisconfiguredError(
+                [f"{path} is too long for the sockets in it: set --run-dir to a shorter path"]
+            )
         try:
             path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = _lock(path / "lock")
         except PermissionError as error:
             raise NotPermittedError(
                 f"{path} cannot be written: run as root (sudo vnet-supervisor), or set --run-dir"
             ) from error
         except OSError as error:
             raise StartupError(f"{path} cannot be used: {error}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            pid = os.pread(self._lock, 20, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise ConflictError(
-                f"VNet runs already with {path} (process {pid}): stop it (vnet stop), or set"
-                " --run-dir"
-            ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
@@ -58,7 +61,12 @@ class RunDirectory:
         Workers of different users meet here: a group nobody is in opens it (set-group-id, so
         that the sockets belong to it; sticky, so that no worker removes another's socket).
         Where all have one user id the directory is that user's alone.
+
+        Raises:
+            MisconfiguredError: other users cannot reach the directory.
         """
+        if group is not None:
+            _require_way_for_others(self.path)
         bus = self.path / "bus"
         shutil.rmtree(bus, ignore_errors=True)
         bus.mkdir(mode=0o700)
@@ -75,6 +83,36 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self.path.rmdir()
         os.close(self._lock)
+
+
+def _lock(path: Path) -> int:
+    """A descriptor of this file, with the lock. Raises ConflictError, OSError."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that has just ended may have removed the file between the two calls; then
+            # another run could lock another file of this name.
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BlockingIOError as error:
+            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ConflictError(
+                f"VNet runs already with {path.parent} (process {pid}): stop it (vnet stop), or set"
+                " --run-dir"
+            ) from error
+        os.close(descriptor)
+
+
+def _require_way_for_others(path: Path) -> None:
+    for directory in (path, *path.parents):
+        if not directory.stat().st_mode & stat.S_IXOTH:
+            problem = (
+                f"--run-dir: {path} lies in {directory}, which other users cannot enter, and the"
+                " workers are other users: choose another, such as /run/vnet"
+            )
+            raise MisconfiguredError([problem])
 
 
 def unused_group() -> int:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 from dataclasses import dataclass
 
 # linux/prctl.h
@@ -40,6 +41,13 @@ def die_with_parent(parent_pid: int) -> None:
 def name_process(name: str) -> None:
     """The name shown by ps and top (15 characters at most)."""
     _libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def raise_file_limit() -> int:
+    """Raises the soft limit of open files to the hard one; returns it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def give_up(identity: Identity, max_files: int) -> None:

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -52,22 +51,42 @@ def spawn(slot: str, identity: Identity, log_handler: logging.Handler) -> Spawne
         OSError: no process or descriptor is left.
     """
     ours, theirs = make_pair()
+    try:
+        with theirs:
+            pid, receiver = _fork(slot, identity, theirs, log_handler)
+    except BaseException:
+        ours.close()
+        raise
+    channel = Channel(ours, Role.SUPERVISOR, role_of(slot), takes_descriptors=False)
+    return Spawned(pid, channel, receiver)
+
+
+def _fork(
+    slot: str, identity: Identity, end: socket.socket, log_handler: logging.Handler
+) -> tuple[int, WorkerLogReceiver]:
     log_reader, log_writer = make_pipe()
-    supervisor_pid = os.getpid()
-    with warnings.catch_warnings():
-        # The log receivers are threads of ours; the child touches nothing that they hold.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        _live(slot, identity, theirs, log_writer, supervisor_pid)
-    theirs.close()
-    os.close(log_writer)
-    role = role_of(slot)
-    return Spawned(
-        pid=pid,
-        channel=Channel(ours, Role.SUPERVISOR, role, takes_descriptors=False),
-        log_receiver=WorkerLogReceiver(log_reader, slot, log_handler),
-    )
+    try:
+        # Before the fork, so that no child is left whom nobody hears; without a child it ends.
+        receiver = _receive_log(log_reader, slot, log_handler)
+        supervisor_pid = os.getpid()
+        with warnings.catch_warnings():
+            # The log receivers are threads of ours; the child touches nothing that they hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            _live(slot, identity, end, log_writer, supervisor_pid)
+    finally:
+        os.close(log_writer)
+    return pid, receiver
+
+
+def _receive_log(log_reader: int, slot: str, log_handler: logging.Handler) -> WorkerLogReceiver:
+    try:
+        return WorkerLogReceiver(log_reader, slot, log_handler)
+    except (OSError, RuntimeError) as error:
+        os.close(log_reader)
+        # Python says RuntimeError when there is no thread left.
+        raise OSError(f"its log cannot be received: {error}") from error
 
 
 def _live(
@@ -96,6 +115,10 @@ def _cut_loose(slot: str, end: socket.socket, log_writer: int, supervisor_pid: i
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
+    # Standard error stays for the stack of a crash; the others are the supervisor's own.
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
     _close_all_but({0, 1, 2, end.fileno(), log_writer})
     faulthandler.enable(file=2, all_threads=True)
 
@@ -118,5 +141,4 @@ def _work(slot: str, identity: Identity, end: socket.socket, supervisor_pid: int
     privileges.give_up(identity, MAX_FILES)
     # A change of user id clears it.
     privileges.die_with_parent(supervisor_pid)
-    sys.stdin.close()
     runtime.run(slot, end, module.main)

@@ -1,8 +1,8 @@
 """Collects what `supervisor.status` shows from a running supervisor."""
 
 import time
+from collections.abc import Sequence
 from ipaddress import IPv6Address
-from typing import TYPE_CHECKING
 
 import psutil
 
@@ -10,17 +10,15 @@ from ipc.addresses import as_text
 from ipc.messages import ClustersReported, Network
 from supervisor import status
 from supervisor.network import dns_addresses
+from supervisor.run import ObservedRun
 from supervisor.settings import version
 from supervisor.worker import LastExit, Worker
-
-if TYPE_CHECKING:
-    from supervisor.supervisor import Supervisor
 
 
 class StatusReporter:
     """Keeps what CPU shares are measured against: each is the share since the last question."""
 
-    def __init__(self, supervisor: "Supervisor") -> None:
+    def __init__(self, supervisor: ObservedRun) -> None:
         self._supervisor = supervisor
         self._processes: dict[int, psutil.Process] = {}
 
@@ -59,7 +57,8 @@ class StatusReporter:
             try:
                 rss = process.memory_info().rss
                 cpu = round(process.cpu_percent(), 1)
-            except psutil.Error:
+            except (psutil.Error, OSError):
+                # It has ended meanwhile, or no descriptor is left to look.
                 rss, cpu = None, None
         is_alive = worker.is_alive
         return status.WorkerStatus(
@@ -82,7 +81,7 @@ class StatusReporter:
             return None
         try:
             return self._processes.setdefault(pid, psutil.Process(pid))
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return None
 
     def _connections(self) -> status.ConnectionsStatus:
@@ -101,7 +100,7 @@ class StatusReporter:
         )
 
 
-def _other_reasons(supervisor: "Supervisor", report: ClustersReported | None) -> list[str]:
+def _other_reasons(supervisor: ObservedRun, report: ClustersReported | None) -> list[str]:
     reasons = list(supervisor.range_problems)
     if report is not None and report.problem:
         reasons.append(report.problem)
@@ -114,7 +113,7 @@ def _other_reasons(supervisor: "Supervisor", report: ClustersReported | None) ->
     return reasons
 
 
-def _network(network: Network, zones: list[str]) -> status.NetworkStatus:
+def _network(network: Network, zones: Sequence[str]) -> status.NetworkStatus:
     prefix = network.ipv6_prefix
     return status.NetworkStatus(
         interface=network.interface,
@@ -122,7 +121,7 @@ def _network(network: Network, zones: list[str]) -> status.NetworkStatus:
         ipv4_cidr_ranges=network.ranges,
         ipv6_prefix=None if prefix is None else str(IPv6Address(prefix)),
         dns_addresses=[as_text(address) for address in dns_addresses(network)],
-        dns_zones=zones,
+        dns_zones=list(zones),
         os_integration="none",
     )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from ipc import messages as m
-from supervisor import clusters, configure, network, places
+from supervisor import clusters, configure, network, places, privileges
 from supervisor.commands import Commands
 from supervisor.configure import Surroundings
 from supervisor.control import ControlSocket
@@ -119,6 +119,8 @@ class Supervisor:
         settings = self.settings
         config = settings.config
         self._log_level = logging.getLevelName(logging.getLogger().level)
+        # First: a signal in the middle of this must not leave half of it behind.
+        self._watch_signals(closing)
         run_directory = places.RunDirectory(settings.run_dir)
         closing.callback(run_directory.close)
         is_root = os.geteuid() == 0
@@ -129,7 +131,9 @@ class Supervisor:
         plan = network.plan(config.network, prefix)
         self._data_plane = NamespaceDataPlane(plan)
         closing.callback(self._data_plane.close)
-        self._listeners = Listeners(self._data_plane, config.proxy.workers, MAX_LISTENERS)
+        # Half of the descriptors is for everything else, copies on their way to a worker included.
+        limit = min(MAX_LISTENERS, privileges.raise_file_limit() // 2)
+        self._listeners = Listeners(self._data_plane, config.proxy.workers, limit)
         closing.callback(self._listeners.close_all)
         self._nameservers = Nameservers(config.dns.upstream, network.dns_addresses(plan))
         group = places.unused_group() if is_root else None
@@ -141,7 +145,6 @@ class Supervisor:
             book_path=user_state / "book.sqlite",
         )
         self._make_workers(group)
-        self._watch_signals(closing)
         self._control = ControlSocket(
             run_directory.control_path, self._selector, self._commands.answer
         )
@@ -251,7 +254,7 @@ class Supervisor:
             return
         if events & selectors.EVENT_WRITE:
             worker.flush()
-        for message in worker.receive():
+        for message in worker.receive(time.monotonic()):
             self._take(worker, message)
 
     def _reap(self, now: float) -> None:
@@ -310,8 +313,9 @@ class Supervisor:
             case m.CloseListener():
                 self._listeners.close(worker.slot, message.address, message.port)
             case m.ClustersReported():
-                self.reports[worker.slot] = message
-                self._follow_clusters()
+                if self.reports.get(worker.slot) != message:
+                    self.reports[worker.slot] = message
+                    self._follow_clusters()
             case m.PeerMisbehaved():
                 self._replace_accused(worker, message)
             case _:
@@ -333,8 +337,13 @@ class Supervisor:
     def _replace_accused(self, reporter: Worker, message: m.PeerMisbehaved) -> None:
         if message.slot not in self._around.keys[reporter.slot].peers:
             reporter.kill(f"it accuses {message.slot}, with whom it does not talk")
+            return
+        accused = self.workers[message.slot]
+        if accused.state is WorkerState.STARTING:
+            # It has said nothing yet: its predecessor is meant, which is gone.
+            log.info("%s says of %s's predecessor: %s", reporter.slot, accused.slot, message.reason)
         else:
-            self.workers[message.slot].kill(f"{reporter.slot} says: {message.reason}")
+            accused.kill(f"{reporter.slot} says: {message.reason}")
 
     def _open_listener(self, worker: Worker, address: bytes, port: int) -> None:
         try:
@@ -361,7 +370,16 @@ class Supervisor:
             self._use_ranges(accepted.ranges)
 
     def _use_ranges(self, ranges: list[str]) -> None:
-        self._data_plane.set_ranges(ranges)
+        try:
+            self._data_plane.set_ranges(ranges)
+        except OSError as error:
+            # Tried again with the next report; until then its addresses lead nowhere.
+            log.error("the ranges %s cannot be routed: %s", ", ".join(ranges), error)
+            self.range_problems = [
+                *self.range_problems,
+                f"The ranges {', '.join(ranges)} cannot be routed ({error}): restart VNet.",
+            ]
+            return
         changed = msgspec.structs.replace(self.network, ranges=ranges)
         self._around = dataclasses.replace(self._around, network=changed)
         log.info("virtual ranges: %s", ", ".join(ranges))

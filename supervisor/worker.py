@@ -4,7 +4,6 @@ import logging
 import os
 import random
 import signal
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from ipc.errors import BusyError, ConversationError, PeerGoneError
 from ipc.messages import AnyMessage, Message, Stop
 from supervisor import worker_states
+from supervisor.allowance import Allowance
 from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits, RestartPolicy
 from supervisor.spawn import Spawned, spawn
@@ -21,8 +21,13 @@ log = logging.getLogger(__name__)
 
 # Messages for a worker that does not read; listeners of a large address book come at once.
 MAX_OUTBOX = 20_000
-# One look at a worker's channel reads so many messages before the others get their turn.
-RECEIVE_BATCH = 100
+# What a worker may say, in bytes; an honest one says a few thousand per second, and more when it
+# has just started. A message counts as MESSAGE_BYTES at least, for the work that it makes.
+BYTES_PER_SECOND = 256 * 1024
+BURST_BYTES = 4 * 1024 * 1024
+MESSAGE_BYTES = 256
+# One look at a worker's channel reads about so much before the others get their turn.
+TURN_BYTES = 32 * 1024
 # A process whose channel has ended ends by itself in this time.
 HANG_UP_SECONDS = 1.0
 
@@ -69,6 +74,10 @@ class Worker:
         self._policy = RestartPolicy(limits)
         self._process: Spawned | None = None
         self._has_hung_up = False
+        self._is_killed = False
+        self._allowance = Allowance(BYTES_PER_SECOND, BURST_BYTES, 0.0)
+        # Descriptors that wait here are copies: the originals may be closed before they are sent,
+        # and their numbers given to something that is not for this worker.
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
 
     @property
@@ -94,15 +103,22 @@ class Worker:
         return self._process is not None and not self._has_hung_up
 
     def start(self, now: float, log_handler: logging.Handler) -> None:
-        """Forks a process for this slot. Raises OSError."""
+        """Forks a process for this slot; if that cannot be done it counts as a crash."""
         self._move(WorkerEvent.SPAWNED)
         self.restart_at = self.kill_at = None
         self.comes_back = False
         self.started_at = self.last_heartbeat = now
         self.counters = {}
-        self._has_hung_up = False
-        self._process = spawn(self.slot, self._identity, log_handler)
-        log.info("%s starts as process %d", self.slot, self._process.pid)
+        self._has_hung_up = self._is_killed = False
+        self._allowance = Allowance(BYTES_PER_SECOND, BURST_BYTES, now)
+        try:
+            self._process = spawn(self.slot, self._identity, log_handler)
+        except OSError as error:
+            log.error("%s cannot be started: %s", self.slot, error)
+            self.last_exit = None
+            self._decide_what_follows(now)
+        else:
+            log.info("%s starts as process %d", self.slot, self._process.pid)
 
     def became_ready(self, now: float) -> None:
         self._move(WorkerEvent.BECAME_READY)
@@ -129,10 +145,15 @@ class Worker:
         """Sends in order; what cannot be sent now waits. A full queue kills the worker."""
         if self._process is None:
             return
-        self._outbox.append((message, tuple(descriptors)))
-        if len(self._outbox) > MAX_OUTBOX:
+        if len(self._outbox) >= MAX_OUTBOX:
             self.kill("it does not read its channel")
-        elif len(self._outbox) == 1:
+            return
+        try:
+            self._outbox.append((message, _copies(descriptors)))
+        except OSError as error:
+            self.kill(f"no descriptor is left for what it waits for: {error}")
+            return
+        if len(self._outbox) == 1:
             self.flush()
 
     def flush(self) -> None:
@@ -143,34 +164,44 @@ class Worker:
                 message, descriptors = self._outbox[0]
                 self._process.channel.send(message, descriptors)
                 self._outbox.popleft()
+                _close(descriptors)
         except BusyError:
             return
         except ConversationError as error:
             # Its exit is noticed by SIGCHLD; nothing more is to be said.
             log.debug("%s: %s", self.slot, error)
-            self._outbox.clear()
+            self._empty_outbox()
 
-    def receive(self) -> list[AnyMessage]:
+    def receive(self, now: float) -> list[AnyMessage]:
         """What the worker has said; one that says what it may not, or hangs up, is killed."""
         messages: list[AnyMessage] = []
+        if self._process is None:
+            return messages
+        channel, spent = self._process.channel, 0
         try:
-            while self._process is not None and len(messages) < RECEIVE_BATCH:
-                received = self._process.channel.receive()
+            while spent < TURN_BYTES:
+                before = channel.received_bytes
+                received = channel.receive()
                 if received is None:
                     break
                 messages.append(received[0])
+                spent += max(MESSAGE_BYTES, channel.received_bytes - before)
         except PeerGoneError:
             # It has ended or is about to, and without a channel it is of no use.
             self._has_hung_up = True
-            self.kill_at = self.kill_at or time.monotonic() + HANG_UP_SECONDS
+            self.kill_at = self.kill_at or now + HANG_UP_SECONDS
         except ConversationError as error:
             self._has_hung_up = True
             self.kill(str(error))
+        if not self._allowance.spend(spent, now):
+            self._has_hung_up = True
+            self.kill("it floods its channel")
         return messages
 
     def kill(self, why: str) -> None:
         """Ends the process with SIGKILL; its exit is handled when it comes."""
-        if self._process is not None:
+        if self._process is not None and not self._is_killed:
+            self._is_killed = True
             log.warning("%s is killed: %s", self.slot, why)
             os.kill(self._process.pid, signal.SIGKILL)
 
@@ -188,7 +219,7 @@ class Worker:
         self.last_exit = LastExit.of(wait_status)
         self._process.channel.close()
         self._process = None
-        self._outbox.clear()
+        self._empty_outbox()
         self._decide_what_follows(now)
 
     def _decide_what_follows(self, now: float) -> None:
@@ -196,15 +227,36 @@ class Worker:
             self._move(WorkerEvent.EXITED)
             log.info("%s ended", self.slot)
             return
+        how = "did not start" if self.last_exit is None else f"ended with {self.last_exit}"
         delay = self._policy.crashed(now, random.random())  # noqa: S311  # jitter, no secret
         if delay is None:
             self._move(WorkerEvent.CRASHED_TOO_OFTEN)
-            log.error("%s ended with %s too often and is given up", self.slot, self.last_exit)
+            log.error("%s %s too often and is given up", self.slot, how)
             return
         self._move(WorkerEvent.CRASHED)
         self.restarts += 1
         self.restart_at = now + delay
-        log.error("%s ended with %s, restart in %.2f s", self.slot, self.last_exit, delay)
+        log.error("%s %s, restart in %.2f s", self.slot, how, delay)
+
+    def _empty_outbox(self) -> None:
+        while self._outbox:
+            _close(self._outbox.popleft()[1])
 
     def _move(self, event: WorkerEvent) -> None:
         self.state = worker_states.after(self.state, event)
+
+
+def _copies(descriptors: Sequence[int]) -> tuple[int, ...]:
+    """Duplicates of all, or OSError and none."""
+    made: list[int] = []
+    try:
+        made.extend(os.dup(descriptor) for descriptor in descriptors)
+    except OSError:
+        _close(made)
+        raise
+    return tuple(made)
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -41,6 +41,8 @@ Configure = ConfigureTun | ConfigureDns | ConfigureProxy
 # Messages that wait for a supervisor that is busy; it reads within milliseconds, so a full queue
 # means that something is broken beyond repair.
 MAX_OUTBOX = 10_000
+# One report makes the supervisor replace a peer; the others of a flood say nothing new.
+REPORT_SECONDS = 1.0
 
 
 class Runtime(Generic[C]):
@@ -59,6 +61,7 @@ class Runtime(Generic[C]):
         self._outbox: deque[Message] = deque()
         self._bus: BusContext | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
+        self._reported_at: dict[str, float] = {}
 
     # -- for the worker --
 
@@ -111,6 +114,10 @@ class Runtime(Generic[C]):
         return self._bus
 
     def _report_breach(self, slot: str, error: ConversationError) -> None:
+        now = self._loop.time()
+        if now - self._reported_at.get(slot, -REPORT_SECONDS) < REPORT_SECONDS:
+            return
+        self._reported_at[slot] = now
         log.error("%s misbehaves on the bus: %s", slot, error)
         self.send(PeerMisbehaved(slot=slot, reason=str(error)[:500]))
 
@@ -123,7 +130,7 @@ class Runtime(Generic[C]):
     def _flush(self) -> None:
         try:
             while self._outbox:
-                self._channel.send(self._outbox[0])
+                self._send_first()
                 self._outbox.popleft()
         except BusyError:
             self._loop.add_writer(self._channel.fileno(), self._flush)
@@ -133,6 +140,13 @@ class Runtime(Generic[C]):
             self._outbox.clear()
             self.stopping.set()
         self._loop.remove_writer(self._channel.fileno())
+
+    def _send_first(self) -> None:
+        try:
+            self._channel.send(self._outbox[0])
+        except MalformedMessageError as error:
+            # A fault of this worker, not of the channel; the others still want to be sent.
+            log.error("a message to the supervisor was dropped: %s", error)
 
     def _receive(self) -> None:
         try:

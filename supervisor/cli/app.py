@@ -136,9 +136,9 @@ def log_level(
     run_dir: RunDir = None,
 ) -> None:
     """Change the log level while VNet runs. Example: vnet log-level debug."""
-    if level not in ("debug", "info", "warning", "error"):
+    if level not in list(cm.Level):
         fail(ExitStatus.USAGE, f"{level!r} is no level: use debug, info, warning or error")
-    _order(run_dir, cm.LogLevel(level=level))
+    _order(run_dir, cm.LogLevel(level=cm.Level(level)))
 
 
 def _order(run_dir: Path | None, request: cm.AnyRequest) -> None:

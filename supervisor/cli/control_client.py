@@ -1,6 +1,7 @@
 """Asks a running supervisor over its control socket."""
 
 import socket
+import time
 from pathlib import Path
 
 import msgspec
@@ -30,12 +31,15 @@ def ask(run_dir: Path, request: Request) -> bytes:
     """
     path = run_dir / "control.sock"
     data = b""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
             end.settimeout(TIMEOUT_SECONDS)
             end.connect(str(path))
             end.sendall(encode(request) + b"\n")
             while not data.endswith(b"\n"):
+                # Anew each time: an answer that comes in drops must not stretch it.
+                end.settimeout(max(deadline - time.monotonic(), 0.001))
                 piece = end.recv(65536)
                 if not piece or len(data) > MAX_ANSWER_BYTES:
                     raise AskError(ExitStatus.INTERNAL, "VNet closed the connection unanswered")

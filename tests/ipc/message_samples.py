@@ -1,0 +1,103 @@
+"""One or more valid values of every message, with every optional part both there and absent."""
+
+from typing import get_args
+
+from ipc import messages as m
+
+PREFIX = b"\xfd" + bytes(15)
+NETWORK = m.Network(
+    interface="vnet0",
+    mtu=65535,
+    ranges=["100.64.0.0/10", "10.1.0.0/16"],
+    tun_ipv4=b"\x64\x40\0\1",
+    dns_ipv4=b"\x64\x40\0\2",
+    ipv6_prefix=PREFIX,
+    tun_ipv6=PREFIX[:15] + b"\1",
+    dns_ipv6=PREFIX[:15] + b"\2",
+)
+WITHOUT_IPV6 = m.Network(
+    interface="v",
+    mtu=1280,
+    ranges=["100.64.0.0/27"],
+    tun_ipv4=b"\x64\x40\0\1",
+    dns_ipv4=b"\x64\x40\0\2",
+    ipv6_prefix=None,
+    tun_ipv6=None,
+    dns_ipv6=None,
+)
+COMMON = m.Common(
+    slot="proxy-12",
+    proxies=13,
+    bus_dir="/run/vnet/bus",
+    keys=m.BusKeys(public="p" * 40, secret="s" * 40, peers={"tun": "t" * 40, "dns": "d" * 40}),
+    heartbeat_seconds=0.5,
+    log_level="INFO",
+)
+UPSTREAM = [m.Upstream(address=b"\x7f\0\0\1"), m.Upstream(address=PREFIX, port=5353, scope="eth0")]
+CLUSTER = m.Cluster(
+    name="leaf.example.test",
+    profile="teleport.example.test",
+    leaf_of="example.test",
+    state=m.ClusterState.LOGIN_EXPIRED,
+    user="alice",
+    expires="2026-11-22T21:00:00Z",
+    zones=["leaf.example.test"],
+    ranges=["100.64.0.0/10"],
+    problem="The login has expired: run tsh login.",
+)
+ADDRESSES = (b"\x64\x40\3\4", PREFIX[:12] + b"\x64\x40\3\4")
+
+SAMPLES: list[m.AnyMessage] = [
+    m.ProxyHello(),
+    *(
+        m.DialRequest(
+            flow_id=2**63 - 1,
+            source=address,
+            source_port=65535,
+            destination=address,
+            destination_port=1,
+        )
+        for address in ADDRESSES
+    ),
+    m.DialVerdict(flow_id=0),
+    *(m.DialVerdict(flow_id=7, refusal=refusal) for refusal in m.Refusal),
+    m.DialAbandoned(flow_id=7),
+    m.ResolveName(request_id=1, name="n" * 253),
+    *(
+        m.NameResolved(request_id=1, outcome=outcome, ipv4=ipv4, valid_seconds=5.0)
+        for outcome in m.NameOutcome
+        for ipv4 in (None, b"\x64\x40\3\4")
+    ),
+    m.ResolveAddress(request_id=1, ipv4=b"\x64\x40\3\4"),
+    m.AddressResolved(request_id=1, name="pg.example.test"),
+    m.AddressResolved(request_id=1, name=None),
+    m.ConfigureTun(common=COMMON, network=NETWORK, max_pending=1024, pending_seconds=30.0),
+    m.ConfigureDns(common=COMMON, network=WITHOUT_IPV6, upstream=UPSTREAM, ttl_seconds=10),
+    m.ConfigureProxy(
+        common=COMMON,
+        network=NETWORK,
+        index=12,
+        teleport_home="/home/alice/.tsh",
+        user_home="/home/alice",
+        book_path="/var/lib/vnet/alice/book.sqlite",
+        max_connections=5000,
+        ca_file="",
+        insecure=False,
+    ),
+    m.NetworkChanged(network=WITHOUT_IPV6),
+    m.UpstreamChanged(upstream=[]),
+    m.UpstreamChanged(upstream=UPSTREAM),
+    *(m.ListenerOpened(address=address, port=443) for address in ADDRESSES),
+    m.ListenerRefused(address=ADDRESSES[0], port=443, reason="it is no virtual address"),
+    m.SetLogLevel(level="DEBUG"),
+    m.Stop(grace_seconds=3.0),
+    m.Ready(),
+    m.Heartbeat(counters={"queries": 2**63 - 1, "in_flight_now": 0}),
+    *(m.OpenListener(address=address, port=443) for address in ADDRESSES),
+    *(m.CloseListener(address=address, port=443) for address in ADDRESSES),
+    m.PeerMisbehaved(slot="dns", reason="r" * 500),
+    m.ClustersReported(clusters=[CLUSTER]),
+    m.ClustersReported(clusters=[], problem="There is no profile in /home/alice/.tsh."),
+]
+
+KINDS: tuple[type[m.Message], ...] = get_args(m.AnyMessage)

@@ -1,0 +1,112 @@
+"""Worker modules that do nothing but misbehave in one way each.
+
+A test sets `BEHAVIOURS` before the supervisor forks; the forked worker finds it in its copy of the
+memory.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from ipc import messages as m
+from workers.runtime import Runtime
+
+AnyRuntime = Runtime  # of whichever configuration
+Behaviour = Callable[[AnyRuntime], Awaitable[None]]
+
+BEHAVIOURS: dict[str, Behaviour] = {}
+
+
+async def main(runtime: AnyRuntime) -> None:
+    await BEHAVIOURS.get(runtime.config.common.slot, work)(runtime)
+
+
+async def work(runtime: AnyRuntime) -> None:
+    """What a good worker does."""
+    if runtime.config.common.slot.startswith("proxy-"):
+        runtime.send(m.ClustersReported(clusters=[]))
+    runtime.ready()
+    await runtime.stopping.wait()
+
+
+async def never_ready(runtime: AnyRuntime) -> None:
+    await runtime.stopping.wait()
+
+
+async def hang(runtime: AnyRuntime) -> None:
+    runtime.ready()
+    await asyncio.sleep(0.2)
+    time.sleep(1000)  # the loop is stuck
+
+
+async def ignore_stop(runtime: AnyRuntime) -> None:
+    runtime.ready()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    await asyncio.sleep(1000)
+
+
+def once(marker: Path, odd: Behaviour) -> Behaviour:
+    """`odd` at the first start, a good worker afterwards. `marker` exists until the first start."""
+
+    async def behave(runtime: AnyRuntime) -> None:
+        # Another user's, so it is emptied where it cannot be removed.
+        if marker.read_text():
+            marker.write_text("")
+            await odd(runtime)
+        else:
+            await work(runtime)
+
+    return behave
+
+
+def crash_while(marker: Path) -> Behaviour:
+    """Ends with status 9 as long as the file has content."""
+
+    async def behave(runtime: AnyRuntime) -> None:
+        if marker.read_text():
+            os._exit(9)
+        await work(runtime)
+
+    return behave
+
+
+def send_raw(*datagrams: bytes) -> Behaviour:
+    """Becomes ready, writes these to its channel and lives on."""
+
+    async def behave(runtime: AnyRuntime) -> None:
+        runtime.ready()
+        await asyncio.sleep(0.05)
+        for datagram in datagrams:
+            os.write(runtime._channel.fileno(), datagram)
+        await runtime.stopping.wait()
+
+    return behave
+
+
+def hang_up(action: Callable[[AnyRuntime], None]) -> Behaviour:
+    """Becomes ready and does something once."""
+
+    async def behave(runtime: AnyRuntime) -> None:
+        runtime.ready()
+        await asyncio.sleep(0.05)
+        action(runtime)
+        await asyncio.sleep(1000)
+
+    return behave
+
+
+def flood(datagram: bytes) -> Behaviour:
+    """Becomes ready and then sends as fast as the channel takes it."""
+
+    async def behave(runtime: AnyRuntime) -> None:
+        await asyncio.sleep(0)
+        runtime.ready()
+        descriptor = runtime._channel.fileno()
+        os.set_blocking(descriptor, True)
+        while True:
+            os.write(descriptor, datagram)
+
+    return behave

@@ -1,0 +1,80 @@
+"""Values and a stand-in for a run, for what only looks at one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ipc import messages as m
+from supervisor import network
+from supervisor.config import Config, NetworkConfig
+from supervisor.privileges import Identity
+from supervisor.restart_policy import RestartLimits
+from supervisor.settings import Settings, User
+from supervisor.worker import Worker
+
+PREFIX = bytes.fromhex("fd6067ec4325") + bytes(10)
+NETWORK = network.plan(NetworkConfig(), PREFIX)
+CLUSTER = m.Cluster(
+    name="demo.test",
+    profile="teleport.demo.test",
+    leaf_of=None,
+    state=m.ClusterState.OK,
+    user="alice",
+    expires="2026-11-22T21:00:00Z",
+    zones=["teleport.demo.test", "demo.test"],
+    ranges=["100.64.0.0/10"],
+)
+USER = User(name="alice", uid=4711, gid=4711, home=Path("/home/alice"))
+
+
+def settings(config: Config | None = None, **changed: object) -> Settings:
+    values: dict[str, object] = {
+        "config": config or Config(),
+        "config_path": None,
+        "user": USER,
+        "teleport_home": Path("/home/alice/.tsh"),
+        "run_dir": Path("/run/vnet"),
+        "state_dir": Path("/var/lib/vnet"),
+        "log_level": "INFO",
+        "log_format": "text",
+    }
+    return Settings(**values | changed)  # type: ignore[arg-type]
+
+
+def make_workers(*slots: str) -> dict[str, Worker]:
+    limits = RestartLimits(5, 30.0)
+    return {slot: Worker(slot, Identity(0, 0, None), limits) for slot in slots}
+
+
+@dataclass
+class FakeRun:
+    """Satisfies supervisor.run.Run; orders are noted in `orders`."""
+
+    settings: Settings = field(default_factory=settings)
+    workers: dict[str, Worker] = field(
+        default_factory=lambda: make_workers("tun", "proxy-0", "proxy-1", "dns")
+    )
+    network: m.Network = NETWORK
+    zones: list[str] = field(default_factory=lambda: ["teleport.demo.test", "demo.test"])
+    range_problems: list[str] = field(default_factory=list)
+    were_ready: bool = True
+    started_at: float = 0.0
+    past_counters: dict[str, int] = field(default_factory=dict)
+    report: m.ClustersReported | None = field(
+        default_factory=lambda: m.ClustersReported(clusters=[CLUSTER])
+    )
+    orders: list[object] = field(default_factory=list)
+
+    def cluster_report(self) -> m.ClustersReported | None:
+        return self.report
+
+    def order_stop(self) -> None:
+        self.orders.append("stop")
+
+    def restart(self, worker: Worker) -> None:
+        self.orders.append(("restart", worker.slot))
+
+    def use_upstream(self, configured: object) -> None:
+        self.orders.append(("upstream", configured))
+
+    def use_log_level(self, message: m.SetLogLevel) -> None:
+        self.orders.append(("level", message.level))

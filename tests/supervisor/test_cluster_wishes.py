@@ -1,0 +1,99 @@
+"""What clusters may ask of this machine (supervisor.clusters)."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_fakes import CLUSTER, NETWORK
+
+from supervisor import clusters
+
+OWN = NETWORK.ranges[0]
+UPSTREAM = [bytes([10, 9, 0, 1]), b"\xfd" + bytes(15)]
+
+
+def accept(*, zones=(), ranges=(), upstream=UPSTREAM):
+    cluster = msgspec.structs.replace(CLUSTER, zones=list(zones), ranges=list(ranges))
+    return clusters.accept([cluster], NETWORK, upstream)
+
+
+def test_good_wishes_are_granted_once_and_in_order():
+    found = accept(
+        zones=["b.test", "a.test", "b.test", "_srv.a-b.test"],
+        ranges=["10.1.0.0/16", OWN, "10.1.0.0/16", "10.2.0.0/255.255.0.0"],
+    )
+    assert found.zones == ["b.test", "a.test", "_srv.a-b.test"]
+    assert found.ranges == [OWN, "10.1.0.0/16", "10.2.0.0/16"]
+    assert found.problems == []
+
+
+@pytest.mark.parametrize(
+    "zone",
+    [
+        "test", "", ".", "..", "a..test", ".a.test", "a.test.", "A.test", "../etc.passwd",
+        "a/b.test", "a b.test", "a.test\n", "a\n.test", "a\0.test", "-a.test", "a-.test",
+        "ä.test", "*.test", "~a.test", "a.test;x", f"{'a' * 64}.test", ".".join(["a"] * 128),
+    ],
+)  # fmt: skip
+def test_zone_that_is_no_name_of_two_labels_is_left_out(zone):
+    found = accept(zones=[zone, "good.test"])
+    assert found.zones == ["good.test"]
+    [problem] = found.problems
+    assert problem.startswith("The zone ")
+    assert "\n" not in problem
+    assert "\0" not in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("0.0.0.0/0", "special"),
+        ("0.0.0.0/1", "special"),
+        ("64.0.0.0/2", "special"),  # loopback is in it
+        ("10.0.0.0/7", "larger than a /8"),
+        ("128.0.0.0/3", "larger than a /8"),
+        ("10.9.0.0/16", "contains the nameserver 10.9.0.1"),
+        ("10.0.0.0/8", "contains the nameserver 10.9.0.1"),
+        ("127.0.0.0/8", "special"),
+        ("169.254.0.0/16", "special"),
+        ("168.0.0.0/7", "special"),
+        ("224.0.0.0/8", "special"),
+        ("255.255.255.0/24", "special"),
+        ("10.1.0.0/28", "too small"),
+        ("10.1.0.1/32", "too small"),
+        ("10.1.0.1/16", "host bits"),
+        ("10.1.0.0", "too small"),
+        ("10.1.0.0/33", "not a valid netmask"),
+        ("fd00::/64", "Expected 4 octets"),
+        ("; rm -rf /", "Expected 4 octets"),
+        ("10.1.0.0/16\nx", "netmask"),
+    ],
+)
+def test_range_that_would_do_harm_is_left_out(text, reason):
+    found = accept(ranges=[text, "10.1.0.0/16"])
+    assert found.ranges == [OWN, "10.1.0.0/16"]
+    [problem] = found.problems
+    assert problem.startswith("The range ")
+    assert reason in problem
+    assert "\n" not in problem
+
+
+def test_there_is_room_for_so_many_ranges_and_zones_only():
+    many = [f"10.{n}.0.0/16" for n in range(100, 250)]
+    found = accept(ranges=many, zones=[f"z{n}.test" for n in range(2000)])
+    assert len(found.ranges) == clusters.MAX_RANGES
+    assert len(found.zones) == clusters.MAX_ZONES
+    assert "too many" in found.problems[0]
+
+
+def test_a_thousand_problems_are_told_shortly():
+    found = accept(zones=[f"UPPER{n}.test" for n in range(1000)])
+    assert len(found.problems) == clusters.MAX_PROBLEMS + 1
+    assert found.problems[-1].startswith("980 more")
+
+
+@given(st.lists(st.text(max_size=30), max_size=5), st.lists(st.text(max_size=30), max_size=5))
+def test_any_wish_gets_an_answer(zones, ranges):
+    found = accept(zones=zones, ranges=ranges)
+    assert found.ranges[0] == OWN
+    assert all(clusters.is_zone(zone) for zone in found.zones)

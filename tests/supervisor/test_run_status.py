@@ -1,0 +1,296 @@
+import itertools
+import json
+import logging
+import os
+
+import msgspec
+import pytest
+from run_fakes import CLUSTER, FakeRun, make_workers
+
+from ipc import messages as m
+from supervisor import control_messages as cm
+from supervisor import status, status_report
+from supervisor.cli import status_view
+from supervisor.commands import Commands
+from supervisor.config import Config
+from supervisor.exits import ExitStatus
+from supervisor.run import Run
+from supervisor.settings import version
+from supervisor.status import Health, LastExitStatus, WorkerStatus, judge
+from supervisor.status_report import StatusReporter
+from supervisor.worker import LastExit
+from supervisor.worker_states import WorkerState
+
+# What docs and scripts rely on: `vnet status --json` of the contract, by its keys.
+KEYS = {
+    "": ["schema", "health", "reasons", "supervisor", "workers", "network", "clusters", "connections"],
+    "supervisor": ["pid", "version", "uptime_seconds", "user"],
+    "workers": [
+        "name", "pid", "state", "restarts", "uptime_seconds", "heartbeat_age_seconds",
+        "rss_bytes", "cpu_percent", "last_exit",
+    ],
+    "network": [
+        "interface", "mtu", "ipv4_cidr_ranges", "ipv6_prefix", "dns_addresses", "dns_zones",
+        "os_integration",
+    ],
+    "clusters": ["name", "profile", "leaf_of", "state", "user", "expires"],
+    "connections": ["active", "total", "failed", "bytes_sent", "bytes_received"],
+}  # fmt: skip
+QUIET = msgspec.convert({"dns": {"os_integration": "none"}}, Config)
+
+
+def ready_run(**changed: object) -> FakeRun:
+    run = FakeRun(**changed)
+    run.settings = msgspec_replace(run.settings, config=QUIET)
+    for worker in run.workers.values():
+        worker.state = WorkerState.READY
+    return run
+
+
+def msgspec_replace(settings, **changed):
+    import dataclasses
+
+    return dataclasses.replace(settings, **changed)
+
+
+def worker_status(state: WorkerState, last_exit: LastExitStatus | None = None) -> WorkerStatus:
+    return WorkerStatus(
+        name="dns", pid=1, state=state, restarts=0, uptime_seconds=1.0, heartbeat_age_seconds=0.1,
+        rss_bytes=1, cpu_percent=0.0, last_exit=last_exit,
+    )  # fmt: skip
+
+
+def collected(run: Run) -> dict:
+    return json.loads(msgspec.json.encode(StatusReporter(run).collect(os.getpid())))
+
+
+def test_answer_has_the_keys_of_the_contract():
+    found = collected(ready_run())
+    assert list(found) == KEYS[""]
+    for part, keys in KEYS.items():
+        value = found[part] if part else found
+        assert list(value[0] if isinstance(value, list) else value) == keys
+    assert found["schema"] == 1
+    assert found["health"] == "healthy"
+    assert found["reasons"] == []
+    assert [worker["name"] for worker in found["workers"]] == ["tun", "proxy-0", "proxy-1", "dns"]
+
+
+def test_network_is_shown_as_text():
+    assert collected(ready_run())["network"] == {
+        "interface": "vnet0",
+        "mtu": 65535,
+        "ipv4_cidr_ranges": ["100.64.0.0/10"],
+        "ipv6_prefix": "fd60:67ec:4325::",
+        "dns_addresses": ["100.64.0.2", "fd60:67ec:4325::2"],
+        "dns_zones": ["teleport.demo.test", "demo.test"],
+        "os_integration": "none",
+    }
+
+
+def test_running_process_is_measured_and_one_that_is_gone_is_not(monkeypatch):
+    run = ready_run()
+    pids = {"tun": os.getpid(), "dns": 2**22 + 1}  # the latter is above pid_max
+    monkeypatch.setattr(
+        status_report.Worker, "pid", property(lambda worker: pids.get(worker.slot)), raising=True
+    )
+    by_name = {worker["name"]: worker for worker in collected(run)["workers"]}
+    assert by_name["tun"]["rss_bytes"] > 1_000_000
+    assert by_name["tun"]["cpu_percent"] >= 0
+    assert by_name["dns"]["rss_bytes"] is None
+    assert by_name["proxy-0"]["pid"] is None
+
+
+def test_totals_outlive_the_worker_that_counted_them():
+    run = ready_run(past_counters={"connections_total": 5, "bytes_sent": 2**63 - 1})
+    run.workers["proxy-0"].counters = {"connections_total": 2, "connections_now": 1}
+    run.workers["proxy-1"].counters = {"connections_now": 2, "bytes_sent": 2**63 - 1}
+    found = collected(run)["connections"]
+    assert (found["total"], found["active"]) == (7, 3)
+    assert found["bytes_sent"] == 2**64 - 2  # what lying workers can bring it to, and no error
+
+
+def test_last_exit_is_a_status_or_a_signal():
+    run = ready_run()
+    run.workers["dns"].last_exit = LastExit.of(9)  # waitpid: killed by signal 9
+    run.workers["tun"].last_exit = LastExit.of(70 << 8)
+    by_name = {worker["name"]: worker["last_exit"] for worker in collected(run)["workers"]}
+    assert by_name["dns"] == {"status": None, "signal": "SIGKILL"}
+    assert by_name["tun"] == {"status": 70, "signal": None}
+    assert str(LastExit.of(50)) == "signal 50"  # a realtime signal has no name
+
+
+# -- health --
+
+
+def health_of(*workers: WorkerStatus, were_ready=True, known=True, clusters=(), others=()):
+    return judge(
+        workers, clusters, clusters_are_known=known, were_ready=were_ready, other_reasons=others
+    )
+
+
+def test_all_ready_and_clusters_known_is_healthy():
+    assert health_of(worker_status(WorkerState.READY)) == (Health.HEALTHY, [])
+
+
+@pytest.mark.parametrize("state", [state for state in WorkerState if state != "ready"])
+def test_worker_that_is_not_ready_makes_it_degraded_once_all_have_been(state):
+    health, [reason] = health_of(worker_status(state))
+    assert health is Health.DEGRADED
+    assert "dns" in reason
+
+
+@pytest.mark.parametrize("state", [WorkerState.STARTING, WorkerState.BACKOFF, WorkerState.STOPPED])
+def test_it_is_starting_until_all_have_been_ready(state):
+    health, reasons = health_of(worker_status(state), were_ready=False)
+    assert health is Health.STARTING
+    assert reasons
+
+
+def test_worker_that_is_given_up_before_it_was_ever_ready_is_no_start():
+    killed = LastExitStatus(status=None, signal="SIGSEGV")
+    health, [reason] = health_of(worker_status(WorkerState.FAILED, killed), were_ready=False)
+    assert health is Health.DEGRADED
+    assert reason.startswith("The worker dns ended with SIGSEGV too often")
+    assert "vnet restart dns" in reason
+
+
+def test_it_is_starting_until_the_clusters_are_known():
+    health, reasons = health_of(worker_status(WorkerState.READY), known=False)
+    assert health is Health.STARTING
+    assert len(reasons) == 1
+
+
+def test_trouble_of_clusters_and_others_is_told_once_each():
+    problem = msgspec.structs.replace(CLUSTER, problem="Run tsh login.")
+    found = health_of(
+        worker_status(WorkerState.READY), clusters=[problem, problem], others=["Free the disk."]
+    )
+    assert found == (Health.DEGRADED, ["Run tsh login.", "Free the disk."])
+
+
+def test_every_reason_is_a_sentence_and_health_never_contradicts_it():
+    for state, were_ready, known in itertools.product(WorkerState, (True, False), (True, False)):
+        health, reasons = health_of(worker_status(state), were_ready=were_ready, known=known)
+        assert (health is Health.HEALTHY) == (reasons == [])
+        assert all(reason[0].isupper() for reason in reasons)
+
+
+def test_missing_os_integration_is_a_reason_with_the_way_out():
+    run = ready_run()
+    run.settings = msgspec_replace(run.settings, config=Config())
+    found = collected(run)
+    assert found["health"] == "degraded"
+    assert "100.64.0.2 or fd60:67ec:4325::2" in found["reasons"][0]
+
+
+def test_health_has_its_exit_status():
+    assert {health: int(found) for health, found in status.EXIT_OF_HEALTH.items()} == {
+        "healthy": 0,
+        "degraded": 1,
+        "starting": 1,
+        "stopped": 3,
+    }
+
+
+@pytest.mark.parametrize("report", [None, m.ClustersReported(clusters=[])])
+def test_text_for_people_fits_80_columns(report):
+    run = ready_run(report=report)
+    decoded = msgspec.convert(collected(run), status.Status)
+    lines = list(status_view.lines(decoded))
+    assert lines[0].startswith("VNet is ")
+    assert max(map(len, lines)) <= 80
+
+
+# -- commands --
+
+
+@pytest.fixture
+def run():
+    return ready_run()
+
+
+def ask(run: FakeRun, request: cm.AnyRequest | bytes, uid: int = 0) -> dict:
+    line = request if isinstance(request, bytes) else cm.encode(request)
+    answer = Commands(run).answer(uid, line)
+    assert answer.endswith(b"\n")
+    assert answer.count(b"\n") == 1
+    return json.loads(answer)
+
+
+def test_root_and_the_user_see_everything_and_others_the_summary(run):
+    for uid in (0, run.settings.user.uid):
+        assert list(ask(run, cm.Status(), uid)) == KEYS[""]
+    assert ask(run, cm.Status(), uid=12345) == {"schema": 1, "health": "healthy", "reasons": []}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [cm.Stop(), cm.Reload(), cm.Restart(worker="dns"), cm.LogLevel(level=cm.Level.DEBUG)],
+    ids=lambda request_: type(request_).__name__,
+)
+def test_others_may_order_nothing(run, request_):
+    answer = ask(run, request_, uid=12345)
+    assert answer["status"] == ExitStatus.NOT_PERMITTED
+    assert "alice" in answer["text"]
+    assert run.orders == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"status", b"{}", b"[]", b"null", b'{"command":"explode"}', b'{"command":1}', b"\xff",
+        b'{"command":"restart"}', b'{"command":"restart","worker":""}', b"[" * 3000,
+        b'{"command":"log-level","level":"all"}', b'{"command":"log-level","level":"info\\n"}',
+    ],
+)  # fmt: skip
+def test_what_is_no_request_is_answered_as_wrong_usage(run, line):
+    answer = ask(run, line)
+    assert answer["status"] == ExitStatus.USAGE
+    assert run.orders == []
+
+
+def test_commands_reach_the_run(run):
+    assert ask(run, cm.Stop())["status"] == 0
+    assert ask(run, cm.Restart(worker="dns"))["text"] == "restarting dns"
+    ask(run, cm.Restart(worker="all"))
+    level = logging.getLogger().level
+    ask(run, cm.LogLevel(level=cm.Level.WARNING))
+    logging.getLogger().setLevel(level)
+    assert run.orders == [
+        "stop",
+        ("restart", "dns"),
+        *(("restart", slot) for slot in run.workers),
+        ("level", "WARNING"),
+    ]
+
+
+def test_unknown_worker_is_answered_with_those_there_are(run):
+    answer = ask(run, cm.Restart(worker="proxy-7"))
+    assert answer["status"] == ExitStatus.USAGE
+    assert "tun, proxy-0, proxy-1, dns" in answer["text"]
+    assert run.orders == []
+
+
+def test_reload_takes_over_what_it_can_and_names_the_rest(run, tmp_path):
+    path = tmp_path / "vnet.toml"
+    run.settings = msgspec_replace(run.settings, config=Config(), config_path=path)
+    path.write_text('dns.upstream = ["192.0.2.1"]')
+    assert ask(run, cm.Reload()) == {"status": 0, "text": "reloaded"}
+    assert run.orders == [("upstream", ["192.0.2.1"])]
+    path.write_text('user = "bob"\nnetwork.mtu = 1500\ndns.upstream = []')
+    assert ask(run, cm.Reload())["text"].endswith("need a restart of VNet: user, network.mtu")
+
+
+@pytest.mark.parametrize("text", ["network.mtu = 1", "[[["])
+def test_wrong_configuration_is_not_taken_over(run, tmp_path, text):
+    path = tmp_path / "vnet.toml"
+    path.write_text(text)
+    run.settings = msgspec_replace(run.settings, config_path=path)
+    assert ask(run, cm.Reload())["status"] == ExitStatus.USAGE
+    assert run.orders == []
+
+
+def test_version_is_that_of_the_package():
+    assert collected(ready_run())["supervisor"]["version"] == version()
+    assert make_workers("dns")["dns"].pid is None

@@ -1,0 +1,338 @@
+"""The supervisor with real forks, real channels and real signals; the workers are pretended."""
+
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import msgspec
+import pretend_worker
+import pytest
+from supervised_run import supervised_run
+
+from ipc import codec
+from ipc import messages as m
+from supervisor import control_messages as cm
+from supervisor import supervisor as loop
+from supervisor.worker_states import WorkerState
+
+SLOTS = ["tun", "proxy-0", "proxy-1", "dns"]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """One that workers of other users can enter."""
+    for part in (tmp_path, *tmp_path.parents):
+        if part.stat().st_uid == os.getuid() and part != Path("/"):
+            part.chmod(part.stat().st_mode | 0o011)
+    return tmp_path
+
+
+@pytest.fixture
+def marker(directory):
+    path = directory / "marker"
+    path.write_text("odd")
+    path.chmod(0o666)
+    return path
+
+
+def pids(status) -> dict[str, int]:
+    return {worker.name: worker.pid for worker in status.workers}
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_all_become_ready_and_end_in_reverse_order(directory):
+    with supervised_run(directory) as run:
+        found = run.wait_until_healthy()
+        assert [worker.name for worker in found.workers] == SLOTS
+        assert all(worker.state is WorkerState.READY for worker in found.workers)
+        assert all(worker.restarts == 0 for worker in found.workers)
+    ended = re.findall(r"INFO supervisor: (\S+) ended$", run.log, re.MULTILINE)
+    assert ended[0] == "dns"
+    assert set(ended[1:3]) == {"proxy-0", "proxy-1"}
+    assert ended[3] == "tun"
+    assert all(is_gone(pid) for pid in pids(found).values())
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_killed_worker_is_replaced_and_the_others_notice_nothing(directory, slot):
+    with supervised_run(directory) as run:
+        before = pids(run.wait_until_healthy())
+        os.kill(before[slot], signal.SIGKILL)
+        replaced = run.wait_for_worker(slot, restarts=1, state=WorkerState.READY)
+        after = pids(run.wait_until_healthy())
+        assert replaced.last_exit.signal == "SIGKILL"
+        assert {name for name in before if before[name] != after[name]} == {slot}
+
+
+def test_worker_that_crashes_too_often_is_given_up_and_can_be_brought_back(directory, marker):
+    with supervised_run(directory, dns=pretend_worker.crash_while(marker)) as run:
+        failed = run.wait_for_worker("dns", state=WorkerState.FAILED)
+        assert failed.restarts == 3
+        assert failed.last_exit.status == 9
+        others = {name: pid for name, pid in pids(run.status()).items() if name != "dns"}
+        status = run.wait_for(
+            lambda found: all(
+                worker.state is WorkerState.READY
+                for worker in found.workers
+                if worker.name != "dns"
+            )
+        )
+        assert status.health == "degraded"
+        assert "vnet restart dns" in status.reasons[0]
+        marker.write_text("")
+        run.order(cm.Restart(worker="dns"))
+        after = pids(run.wait_until_healthy())
+        assert {name: after[name] for name in others} == others
+
+
+def test_crash_of_a_workers_code_is_in_the_log_with_its_stack(directory, marker):
+    async def fail(_runtime):
+        raise LookupError("of this worker")
+
+    with supervised_run(directory, dns=pretend_worker.once(marker, fail)) as run:
+        replaced = run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
+        assert replaced.last_exit.status == 70
+        run.wait_for(lambda _found: "LookupError: of this worker" in run.log)
+    assert re.search(r"ERROR dns: dns crashed\n    Traceback", run.log)
+
+
+def test_worker_whose_loop_hangs_is_killed_and_replaced(directory, marker):
+    with supervised_run(directory, tun=pretend_worker.once(marker, pretend_worker.hang)) as run:
+        replaced = run.wait_for_worker("tun", restarts=1, state=WorkerState.READY)
+        assert replaced.last_exit.signal == "SIGKILL"
+        assert "tun is killed: no heartbeat for 1.5 s" in run.log
+
+
+def test_stopped_process_is_killed_and_replaced(directory):
+    with supervised_run(directory) as run:
+        os.kill(pids(run.wait_until_healthy())["dns"], signal.SIGSTOP)
+        run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
+
+
+def test_worker_that_never_becomes_ready_is_killed(directory, marker, monkeypatch):
+    monkeypatch.setattr(loop, "START_SECONDS", 1.0)
+    never = pretend_worker.never_ready
+    with supervised_run(directory, dns=pretend_worker.once(marker, never)) as run:
+        run.wait_for_worker("dns", restarts=1)
+        assert "dns is killed: not ready after 1 s" in run.log
+
+
+def test_commanded_restart_is_no_crash(directory):
+    with supervised_run(directory) as run:
+        before = pids(run.wait_until_healthy())
+        for _ in range(5):  # more often than crashes are allowed
+            now = pids(run.wait_until_healthy())["dns"]
+            run.order(cm.Restart(worker="dns"))
+            run.wait_for(lambda found, now=now: pids(found)["dns"] not in (now, None))
+        found = run.wait_until_healthy()
+        assert pids(found)["tun"] == before["tun"]
+        assert all(worker.restarts == 0 for worker in found.workers)
+
+
+def test_all_can_be_restarted_at_once(directory):
+    with supervised_run(directory) as run:
+        before = pids(run.wait_until_healthy())
+        run.order(cm.Restart(worker="all"))
+        run.wait_for(lambda found: not set(before.values()) & set(pids(found).values()))
+        assert all(worker.restarts == 0 for worker in run.wait_until_healthy().workers)
+
+
+def test_worker_that_does_not_stop_is_killed_in_the_end(directory, monkeypatch):
+    monkeypatch.setattr(loop, "GRACE_SECONDS", 0.5)
+    with supervised_run(directory, dns=pretend_worker.ignore_stop) as run:
+        pid = pids(run.wait_until_healthy())["dns"]
+    assert is_gone(pid)
+    assert "dns is killed: it did not end in time" in run.log
+
+
+FORBIDDEN = {
+    "garbage": b"\xc1garbage",
+    "an order": codec.encode(m.Stop(grace_seconds=1)),
+    "a descriptor for itself": codec.encode(m.ListenerOpened(address=b"\x64\x40\3\4", port=1)),
+    "what only proxies say": codec.encode(m.OpenListener(address=b"\x64\x40\3\4", port=1)),
+    "too much": codec.encode(m.Ready()).ljust(codec.MAX_MESSAGE_BYTES + 1, b"\0"),
+    "ready twice": codec.encode(m.Ready()),
+    "a false witness": codec.encode(m.PeerMisbehaved(slot="tun", reason="I say so")),
+    "nobody's name": codec.encode(m.PeerMisbehaved(slot="proxy-9", reason="")),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("datagram", FORBIDDEN.values(), ids=FORBIDDEN)
+def test_worker_that_says_what_it_may_not_is_replaced_and_nobody_else(directory, marker, datagram):
+    def behave_oddly():
+        async def behave(runtime):
+            runtime._channel._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            await pretend_worker.send_raw(datagram)(runtime)
+
+        return behave
+
+    with supervised_run(directory, dns=pretend_worker.once(marker, behave_oddly())) as run:
+        run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
+        status = run.wait_until_healthy()
+        assert sum(worker.restarts for worker in status.workers) == 1
+        assert "dns is killed" in run.log
+
+
+def test_accused_peer_is_replaced_once(directory, marker):
+    accusation = codec.encode(m.PeerMisbehaved(slot="dns", reason="line\n2026 INFO x: forged"))
+    accuse = pretend_worker.once(marker, pretend_worker.send_raw(*[accusation] * 20))
+    with supervised_run(directory, proxy_0=accuse) as run:
+        run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
+        status = run.wait_until_healthy()
+        assert sum(worker.restarts for worker in status.workers) == 1
+        assert run.log.count("dns is killed") == 1
+    assert "\n2026 INFO x" not in run.log
+
+
+def test_worker_that_hangs_up_but_lives_on_is_killed(directory, marker):
+    def shut(runtime):
+        runtime._channel._socket.shutdown(socket.SHUT_RDWR)
+
+    odd = pretend_worker.once(marker, pretend_worker.hang_up(shut))
+    with supervised_run(directory, dns=odd) as run:
+        run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Heartbeat(counters={f"name{number}": 1 for number in range(400)}),
+        m.ClustersReported(
+            clusters=[
+                m.Cluster(
+                    name="x" * 200, profile="p", leaf_of=None, state=m.ClusterState.OK, user="u",
+                    expires=None, zones=["BAD"] * 200, ranges=["0.0.0.0/0"] * 20, problem="p" * 500,
+                )
+            ]
+            * 60
+        ),
+        m.OpenListener(address=b"\x7f\0\0\1", port=1),
+    ],
+    ids=lambda message: type(message).__name__,
+)  # fmt: skip
+def test_flood_of_a_worker_does_not_keep_the_supervisor_from_answering(directory, message):
+    datagram = codec.encode(message)
+    with supervised_run(directory, proxy_0=pretend_worker.flood(datagram)) as run:
+        run.wait_for(lambda _found: True)
+        # Each question raises if it is not answered in two seconds.
+        while (found := run.status()).workers[1].state is not WorkerState.FAILED:
+            time.sleep(0.02)
+        others = [worker for worker in found.workers if worker.name != "proxy-0"]
+        assert {worker.state for worker in others} == {WorkerState.READY}
+        assert sum(worker.restarts for worker in others) == 0
+        assert run.log.count("proxy-0 is killed: it floods its channel") == 4
+
+
+def test_totals_of_an_ended_worker_are_kept(directory, marker):
+    counting = codec.encode(m.Heartbeat(counters={"connections_total": 7, "connections_now": 3}))
+    odd = pretend_worker.once(marker, pretend_worker.send_raw(counting, b"\xc1"))
+    with supervised_run(directory, proxy_0=odd) as run:
+        run.wait_for_worker("proxy-0", restarts=1, state=WorkerState.READY)
+        found = run.wait_until_healthy().connections
+        assert (found.total, found.active) == (7, 0)
+
+
+# -- what a worker is --
+
+
+def status_fields(thread: Path) -> dict[str, str]:
+    lines = (thread / "status").read_text().splitlines()
+    return {name: " ".join(value.split()) for name, value in (line.split(":", 1) for line in lines)}
+
+
+@pytest.mark.root
+def test_every_thread_of_a_worker_has_no_right_left(directory):
+    with supervised_run(directory) as run:
+        for slot, pid in pids(run.wait_until_healthy()).items():
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                found = status_fields(thread)
+                uid = "65534" if slot in ("tun", "dns") else str(run.settings.user.uid)
+                assert found["Uid"].split() == [uid] * 4
+                assert found["Gid"].split() == [uid] * 4
+                assert found["NoNewPrivs"] == "1"
+                assert found["Umask"] == "0077"
+                for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                    assert int(found[name], 16) == 0, (slot, name)
+                assert len(found["Groups"].split()) == 1  # the one of the bus
+            assert found["Name"] == f"vnet-{slot}"[:15]
+            assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
+
+
+@pytest.mark.root
+def test_limits_of_a_worker(directory):
+    with supervised_run(directory) as run:
+        pid = pids(run.wait_until_healthy())["dns"]
+        limits = Path(f"/proc/{pid}/limits").read_text()
+    assert re.search(r"Max core file size +0 +0 ", limits)
+    soft, hard = re.search(r"Max open files +(\d+) +(\d+) ", limits).groups()
+    assert int(soft) == int(hard) <= 65536
+
+
+def descriptors_of(pid: int) -> set[str]:
+    return {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+@pytest.mark.root
+def test_worker_holds_only_the_descriptors_it_was_given(directory):
+    """Channel, log, standard error, what uvloop opens, and /dev/null for the data plane's."""
+    # Something of the supervisor's that no worker may see.
+    with (directory / "secret").open("w+") as secret, supervised_run(directory) as run:
+        for slot, pid in pids(run.wait_until_healthy()).items():
+            entries = Path(f"/proc/{pid}/fd").iterdir()
+            open_now = {int(entry.name): str(entry.readlink()) for entry in entries}
+            assert open_now[0] == open_now[1] == os.devnull
+            assert open_now[2] == str(run.log_path)
+            given = sum(target == os.devnull for target in open_now.values()) - 2
+            assert given == (2 if slot in ("tun", "dns") else 0)
+            # A pipe has two ends and one name: the log's is all that both processes hold.
+            shared = set(open_now.values()) & descriptors_of(run.pid)
+            assert {re.sub(r"\d+", "", target) for target in shared if target[0] != "/"} <= {
+                "pipe:[]",
+                "anon_inode:[eventpoll]",
+                "anon_inode:[eventfd]",
+            }
+            assert sum(target.startswith("pipe:") for target in shared) == 1, open_now
+            files = [target for target in open_now.values() if target.startswith("/")]
+            assert set(files) == {os.devnull, str(run.log_path)}
+        assert not secret.closed
+
+
+def test_workers_die_with_a_supervisor_that_is_killed(directory):
+    with supervised_run(directory, tun=pretend_worker.ignore_stop) as run:
+        children = pids(run.wait_until_healthy())
+        os.kill(run.pid, signal.SIGKILL)
+        os.waitpid(run.pid, 0)
+        deadline = time.monotonic() + 1.0
+        while not all(is_gone(pid) for pid in children.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        run.start()  # what the dead one left is no obstacle
+        run.wait_until_healthy()
+
+
+def test_second_run_in_the_same_directory_is_a_conflict(directory):
+    with supervised_run(directory) as run:
+        run.wait_until_healthy()
+        first = run.pid
+        run.start()
+        _, status = os.waitpid(run.pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 99
+        run.pid = first
+        run.wait_until_healthy()
+
+
+def test_status_is_the_same_as_json_and_decoded(directory):
+    with supervised_run(directory) as run:
+        found = run.wait_until_healthy()
+        assert found.supervisor.pid == run.pid
+        assert msgspec.json.decode(msgspec.json.encode(found), type=type(found)) == found

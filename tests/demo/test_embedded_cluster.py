@@ -1,6 +1,7 @@
 """The embedded cluster as a foreign Teleport client sees it, over loopback."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -150,6 +151,15 @@ def is_closed(home, pair, protocols=("teleport-tcp-ping", "teleport-tcp")):
     """Whether the server ends the connection after a good handshake, without a byte."""
     with home.app(pair, protocols) as tls:
         return tls.recv_all() == b""
+
+
+def assert_ended(tls):
+    """The server ends the connection without a byte: by alert, close_notify, FIN or reset.
+
+    Which of them it is differs with the versions of asyncio and with what is under way.
+    """
+    with contextlib.suppress(ssl.SSLError, ConnectionError):
+        assert tls.recv_all() == b""
 
 
 def web(home, request):
@@ -371,12 +381,9 @@ def test_client_without_certificate_gets_no_auth_service(tmp_path):
         def connect():
             ca = home.keys / "cas" / "root.test.pem"
             context = home.context([f"teleport-auth@{encoded('root.test')}", "h2"], ca=ca)
-            with (
-                TlsClient(home.address, context, encoded("root.test")) as tls,
-                # TLS 1.3: the client learns of it after its own handshake.
-                pytest.raises((ssl.SSLError, ConnectionError)),
-            ):
-                tls.recv()
+            # TLS 1.3: the client learns of it after its own handshake.
+            with TlsClient(home.address, context, encoded("root.test")) as tls:
+                assert_ended(tls)
 
         await asyncio.to_thread(connect)
 
@@ -903,8 +910,7 @@ def test_apps_are_closed_and_come_back(tmp_path):
         pair = await app_pair(home, route("echo"))
         with await asyncio.to_thread(home.app, pair) as tls:
             set_faults(home, "close_apps")
-            with pytest.raises((ssl.SSLError, ConnectionError)):
-                await asyncio.to_thread(tls.recv_all)
+            await asyncio.to_thread(assert_ended, tls)
         assert await asyncio.to_thread(is_closed, home, pair)
         set_faults(home, "")
         await eventually(assert_echo, home, pair)

@@ -1,4 +1,4 @@
-"""What `vnet status` shows: values of docs/schema, and how health follows from them. Pure."""
+"""What `vnet status` shows (docs/schema/status.json), and how health follows from it. Pure."""
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum

@@ -24,7 +24,6 @@ WAIT_STEP_SECONDS = 0.1
 
 app = typer.Typer(
     name="vnet",
-    help="Reach TCP apps behind a Teleport cluster by their names.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -51,6 +50,22 @@ def fail(status: ExitStatus, text: str) -> NoReturn:
     """Ends with one line on standard error."""
     print(f"vnet: {text}", file=sys.stderr)
     raise SystemExit(int(status))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _print(f"VNet {settings.version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Reach TCP apps behind a Teleport cluster by their names."""
 
 
 @app.command()

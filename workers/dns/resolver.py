@@ -2,15 +2,16 @@
 
     question ──▶ the proxy that a hash picks ──1.5 s──▶ the next one ──1.5 s──▶ the next ──▶ None
 
-All proxies answer alike, so an answer is taken from whichever of them it comes, late ones too.
-With one proxy it is asked again: it may have been restarted, and then the question was lost. The
-same question asked by several clients at once travels once.
+All proxies answer alike, so an answer is taken from whichever of them it comes, late ones too. A
+proxy that was restarted is asked again as soon as it is back: its predecessor took the questions
+with it. The same question asked by several clients at once travels once.
 """
 
 import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from ipc.addresses import as_text, owner_of_address, owner_of_name
@@ -51,6 +52,7 @@ class Resolver:
         self._max_waiting = max_waiting
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[ProxyToDns]] = {}
+        self._asked: dict[int, tuple[int, DnsToProxy]] = {}  # request id -> whom, and what
         self._flights: dict[str | bytes, asyncio.Task[ProxyToDns | None]] = {}
 
     async def resolve_name(self, name: str) -> NameResolved | None:
@@ -87,6 +89,16 @@ class Resolver:
         if future is not None and not future.done():
             future.set_result(message)
 
+    def on_connect(self, index: int) -> None:
+        """Proxy `index` is there, perhaps anew: what its predecessor did not answer is asked again.
+
+        A question that did arrive is then answered twice, and the second answer dropped.
+        """
+        for asked, message in list(self._asked.values()):
+            if asked == index:
+                with suppress(BusyError):  # the next attempt asks another proxy
+                    self._send(index, message)
+
     def close(self) -> None:
         """Gives up every question that is under way."""
         for task in list(self._flights.values()):
@@ -111,6 +123,7 @@ class Resolver:
         try:
             for attempt in range(ATTEMPTS):
                 index = (first + attempt) % self._proxies
+                self._asked[message.request_id] = (index, message)
                 try:
                     self._send(index, message)
                 except BusyError as error:
@@ -129,6 +142,7 @@ class Resolver:
             return None
         finally:
             del self._waiting[message.request_id]
+            self._asked.pop(message.request_id, None)
 
 
 def _subject(message: DnsToProxy) -> str:

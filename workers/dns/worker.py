@@ -1,5 +1,6 @@
 """The dns worker's process: builds the parts and connects them with supervisor and proxies."""
 
+import functools
 import logging
 import resource
 import socket
@@ -43,7 +44,9 @@ async def main(runtime: Runtime[ConfigureDns]) -> None:
 
     resolver = Resolver(send, config.common.proxies)
     buses.extend(
-        runtime.join_bus(f"proxy-{index}", resolver.on_message)
+        runtime.join_bus(
+            f"proxy-{index}", resolver.on_message, functools.partial(resolver.on_connect, index)
+        )
         for index in range(config.common.proxies)
     )
     service = DnsService(config.network, config.ttl_seconds, resolver, forwarder, tally)

@@ -110,6 +110,28 @@ def test_late_answer_of_the_first_proxy_is_taken() -> None:
     run(main())
 
 
+def test_a_proxy_that_is_back_is_asked_again_at_once() -> None:
+    """Its predecessor took the question with it; nobody waits for the attempt's time to pass."""
+
+    async def main() -> None:
+        bus = Bus()
+        resolver = Resolver(bus.send, 2, attempt_seconds=20)
+        owner = owner_of_name(NAME, 2)
+        task = start(resolver.resolve_name(NAME))
+        await wait_until(lambda: bool(bus.sent))
+        resolver.on_connect(1 - owner)
+        assert len(bus.sent) == 1
+        resolver.on_connect(owner)
+        assert bus.sent[1] == bus.sent[0]
+        resolver.on_message(resolved(bus.sent[1][1].request_id))
+        resolver.on_message(resolved(bus.sent[1][1].request_id))
+        assert await task is not None
+        resolver.on_connect(owner)
+        assert len(bus.sent) == 2
+
+    run(main())
+
+
 def test_busy_proxy_is_passed_over_at_once() -> None:
     async def main() -> None:
         bus = Bus()

@@ -102,7 +102,12 @@ class FakeRuntime:
     def ready(self) -> None:
         self.is_ready = True
 
-    def join_bus(self, slot: str, on_message: Callable[[AnyMessage], None]) -> FakeBus:
+    def join_bus(
+        self,
+        slot: str,
+        on_message: Callable[[AnyMessage], None],
+        on_connect: Callable[[], None],  # tested on the resolver alone
+    ) -> FakeBus:
         self.buses[slot] = FakeBus(on_message)
         return self.buses[slot]
 

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ WORKER_MODULES = {
     Role.DNS: "workers.dns.worker",
     Role.PROXY: "workers.proxy.worker",
 }
+_late_imports = logging.getLogger(f"{__name__}.late_imports")
+
 # Exit status of a worker whose code raised; the traceback is in the log.
 CRASHED = 70
 # Connections need two descriptors each, queries in flight one.
@@ -141,4 +144,15 @@ def _work(slot: str, identity: Identity, end: socket.socket, supervisor_pid: int
     privileges.give_up(identity, MAX_FILES)
     # A change of user id clears it.
     privileges.die_with_parent(supervisor_pid)
+    sys.addaudithook(_report_late_import)
     runtime.run(slot, end, module.main)
+
+
+def _report_late_import(event: str, arguments: tuple[object, ...]) -> None:
+    """A worker may not be able to read its own program any more: all is imported before.
+
+    Where it can, this tells what `workers.preload` lacks.
+    """
+    # The second argument is the file, known only when a module has been found.
+    if event == "import" and arguments[1] is None and arguments[0] not in sys.modules:
+        _late_imports.warning("%s is imported by a confined worker", arguments[0])

@@ -33,6 +33,7 @@ from ipc.messages import (
     Stop,
 )
 from ipc.permits import Role, role_of
+from workers import preload  # noqa: F401  # for its effect: see the module
 
 log = logging.getLogger(__name__)
 

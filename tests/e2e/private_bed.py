@@ -338,6 +338,9 @@ def live(bed: Bed) -> Iterator[Bed]:
     LIVE.append(bed)
     try:
         yield bed
+        # A worker may not be able to read its own program any more, depending on where it lies.
+        late = [line for line in bed.log().splitlines() if "is imported by a confined" in line]
+        assert not late, "modules for workers.preload"
     finally:
         LIVE.remove(bed)
         bed.close()

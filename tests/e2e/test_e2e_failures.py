@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -115,6 +116,24 @@ def reasons(bed: Bed) -> str:
 def test_the_cluster_and_vnet_started_apart_work_together(vnet):
     assert echo_works(vnet)
     assert_foreign_names_are_forwarded(vnet)
+
+
+def test_proxies_work_as_the_vnet_user_with_files_that_only_this_user_may_read(cluster):
+    """Their own program may be out of reach then, as it is where it lies in root's home."""
+    user = pwd.getpwnam("daemon")
+    home = cluster.directory / "home-of-user"
+    shutil.copytree(cluster.environment["TELEPORT_HOME"], home)
+    for path in (home, *home.rglob("*")):
+        os.chown(path, user.pw_uid, user.pw_gid)
+    config = CONFIG.format(home=home)
+    with supervisor_in(
+        cluster, "--user", user.pw_name, config=config, env={"TELEPORT_HOME": str(home)}
+    ):
+        cluster.wait_for_health("healthy")
+        assert echo_works(cluster)
+        for name, uid in (("proxy-0", user.pw_uid), ("tun", 65534), ("dns", 65534)):
+            pid = cluster.outer_pid(cluster.worker(name)["pid"])
+            assert set(psutil.Process(pid).uids()) == {uid}
 
 
 def test_without_a_tsh_home_vnet_forwards_everything_and_says_what_to_do(cluster):

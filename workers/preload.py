@@ -1,0 +1,15 @@
+"""Modules that libraries import only at their first use, imported now.
+
+Once a worker is another user and confined it may not be able to read its own program. What is
+missing here shows as a line "... is imported by a confined worker" in the log (`supervisor.spawn`).
+"""
+
+import _strptime  # type: ignore[import-not-found]  # noqa: F401  # datetime.strptime, for certificates
+import encodings.idna  # noqa: F401  # host names in socket and ssl; brings stringprep, unicodedata
+import sys
+from importlib.util import find_spec
+
+# grpclib looks for this package whenever it opens a channel; None says that it is not there.
+if find_spec("google.rpc") is None:
+    sys.modules["google.rpc"] = None  # type: ignore[assignment]  # documented for this purpose
+    sys.modules["google.rpc.status_pb2"] = None  # type: ignore[assignment]

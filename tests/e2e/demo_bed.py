@@ -77,8 +77,9 @@ def _first_line(process: subprocess.Popen[bytes], errors: Path) -> dict[str, str
 def _init_below(pid: int) -> int:
     """The process below `pid` that is the first of a pid namespace."""
     for candidate in descendants(pid):
-        if inner_pid(Path(f"/proc/{candidate}")) == 1:
-            return candidate
+        with contextlib.suppress(OSError):  # one that has just ended
+            if inner_pid(Path(f"/proc/{candidate}")) == 1:
+                return candidate
     raise AssertionError(f"no init below {pid}")
 
 

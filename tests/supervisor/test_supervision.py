@@ -1,5 +1,6 @@
 """The supervisor with real forks, real channels and real signals; the workers are pretended."""
 
+import contextlib
 import os
 import re
 import signal
@@ -45,8 +46,8 @@ def pids(status) -> dict[str, int]:
 def is_gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # before the file was opened, or between that and the reading
 
 
 def test_all_become_ready_and_end_in_reverse_order(directory):
@@ -279,7 +280,16 @@ def test_limits_of_a_worker(directory):
 
 
 def descriptors_of(pid: int) -> set[str]:
-    return {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    return set(targets_of(pid).values())
+
+
+def targets_of(pid: int) -> dict[int, str]:
+    """What each descriptor of a process leads to; one that is closed meanwhile is left out."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[int(entry.name)] = str(entry.readlink())
+    return found
 
 
 @pytest.mark.root
@@ -288,8 +298,7 @@ def test_worker_holds_only_the_descriptors_it_was_given(directory):
     # Something of the supervisor's that no worker may see.
     with (directory / "secret").open("w+") as secret, supervised_run(directory) as run:
         for slot, pid in pids(run.wait_until_healthy()).items():
-            entries = Path(f"/proc/{pid}/fd").iterdir()
-            open_now = {int(entry.name): str(entry.readlink()) for entry in entries}
+            open_now = targets_of(pid)
             assert open_now[0] == open_now[1] == os.devnull
             assert open_now[2] == str(run.log_path)
             given = sum(target == os.devnull for target in open_now.values()) - 2

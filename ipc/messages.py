@@ -327,6 +327,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     expires: Annotated[str, Meta(max_length=40)] | None
     zones: Annotated[list[Name], Meta(max_length=200)]
     ranges: Annotated[list[Range], Meta(max_length=20)]
+    # Whether the cluster itself has said so; otherwise zones and ranges are what the login alone
+    # tells, and those of an earlier report still hold.
+    is_configured: bool = True
     # What is wrong and what to do, for `vnet status`; empty when state is ok.
     problem: SafeText = ""
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, ip_address
 from typing import Final
 
+import msgspec
+
 from ipc.messages import Cluster, Network
 from supervisor.config import is_usable_range
 
@@ -32,6 +34,27 @@ class Accepted:
     zones: list[str]
     ranges: list[str]
     problems: list[str]
+
+
+def complete(clusters: Sequence[Cluster], known: Sequence[Cluster]) -> list[Cluster]:
+    """The same clusters; of one that has not been asked yet, what `known` has of it.
+
+    A proxy that was just started knows only the logins. Routes and zones must not vanish until its
+    clusters have answered, least of all while they are down.
+    """
+    earlier = {(c.profile, c.name): c for c in known if c.is_configured}
+    completed = []
+    for cluster in clusters:
+        before = earlier.get((cluster.profile, cluster.name))
+        if before is not None and not cluster.is_configured:
+            completed.append(
+                msgspec.structs.replace(
+                    cluster, zones=before.zones, ranges=before.ranges, is_configured=True
+                )
+            )
+        else:
+            completed.append(cluster)
+    return completed
 
 
 def accept(clusters: Sequence[Cluster], network: Network, upstream: Sequence[bytes]) -> Accepted:

@@ -59,6 +59,7 @@ class Supervisor:
         self.started_at = time.monotonic()
         # Counters of worker processes that have ended, so that totals never fall.
         self.past_counters: dict[str, int] = {}
+        self._known_clusters: list[m.Cluster] = []
         self._log_handler = log_handler
         self._selector = selectors.DefaultSelector()
         self._registered: dict[str, int] = {}
@@ -360,7 +361,8 @@ class Supervisor:
         if report is None:
             return
         upstream = [server.address for server in self._nameservers.upstream]
-        accepted = clusters.accept(report.clusters, self.network, upstream)
+        self._known_clusters = clusters.complete(report.clusters, self._known_clusters)
+        accepted = clusters.accept(self._known_clusters, self.network, upstream)
         self.zones = accepted.zones
         if accepted.problems != self.range_problems:
             self.range_problems = accepted.problems

@@ -129,10 +129,6 @@ class ClusterFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The root clusters: one profile each."""
         return tuple(cluster for cluster in self.clusters if not cluster.leaf_of)
 
-    def leaves_of(self, root: str) -> tuple[Cluster, ...]:
-        """The leaves that trust this root."""
-        return tuple(cluster for cluster in self.clusters if cluster.leaf_of == root)
-
 
 def parse_cluster_file(text: str) -> ClusterFile:
     """The clusters described by `text` (TOML), with every default filled in.

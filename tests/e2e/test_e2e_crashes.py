@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from demo_bed import demo_bed
-from private_bed import Bed, read_all, read_exactly, wait_until
+from private_bed import AT_ONCE_SECONDS, Bed, read_all, read_exactly, wait_until
 from shared_cluster import CLUSTER, CONFIG
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
@@ -160,6 +160,38 @@ def test_after_a_killed_dns_the_next_query_works(shaken):
     assert bed.resolve(ECHO) == before
     bed.wait_for_successor("dns", pid)
     assert re.search(r"status: NOERROR", bed.output("dig", "+tcp", ECHO))
+
+
+RANGED = """
+[[clusters]]
+name = "ranged.test"
+proxy_addr = "teleport.ranged.test:443"
+custom_dns_zones = ["ranged.test"]
+ipv4_cidr_range = "10.99.0.0/16"
+[[clusters.apps]]
+name = "echo"
+uri = "tcp://echo.backend.internal:7"
+public_addr = "echo.ranged.test"
+"""
+
+
+def test_the_range_of_a_cluster_stays_routed_over_the_death_of_proxies_and_cluster():
+    """A new proxy knows nothing of its clusters until they answer, and now they do not."""
+    with demo_bed(RANGED, "[supervisor]\nheartbeat_seconds = 0.2\n") as bed:
+        address = bed.resolve("echo.ranged.test")[0]
+        assert address.startswith("10.99.")
+        routed = bed.log().count("virtual ranges:")
+        with bed.faults("proxy_down"):
+            for name in ("proxy-0", "proxy-1"):
+                pid = bed.worker(name)["pid"]
+                bed.kill(pid)
+                bed.wait_for_successor(name, pid)
+            bed.wait_for_health("degraded")
+            assert bed.resolve("echo.ranged.test")[0] == address
+            assert bed.seconds_until_refused(address, 7) < AT_ONCE_SECONDS
+            assert "10.99.0.0/16 dev vnet0" in bed.output("ip", "route")
+        bed.wait_for_health("healthy")
+        assert bed.log().count("virtual ranges:") == routed
 
 
 def test_a_worker_that_hangs_is_replaced(shaken):

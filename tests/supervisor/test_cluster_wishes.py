@@ -27,6 +27,30 @@ def test_good_wishes_are_granted_once_and_in_order():
     assert found.problems == []
 
 
+def report(name="root.test", **changes):
+    return msgspec.structs.replace(CLUSTER, name=name, **changes)
+
+
+def test_cluster_that_was_not_asked_yet_keeps_what_it_said_before():
+    before = report(zones=["corp.test"], ranges=["10.1.0.0/16"])
+    fresh = report(zones=[], ranges=[], is_configured=False, state="unreachable")
+    [found] = clusters.complete([fresh], [before])
+    assert (found.zones, found.ranges) == (before.zones, before.ranges)
+    assert found.state == "unreachable"
+    # The next such report is completed from this one.
+    assert clusters.complete([fresh], [found]) == [found]
+
+
+def test_only_the_same_cluster_and_only_what_was_certain_is_kept():
+    fresh = report(zones=["own.test"], ranges=[], is_configured=False)
+    other = report(name="other.test", ranges=["10.1.0.0/16"])
+    uncertain = report(ranges=["10.2.0.0/16"], is_configured=False)
+    assert clusters.complete([fresh], [other, uncertain]) == [fresh]
+    changed = report(zones=[], ranges=[])
+    assert clusters.complete([changed], [report(ranges=["10.1.0.0/16"])]) == [changed]
+    assert clusters.complete([], [other]) == []
+
+
 @pytest.mark.parametrize(
     "zone",
     [

@@ -206,7 +206,7 @@ class Admission:
         )
 
     def count(self) -> None:
-        """Brings the counters up to date; called before each heartbeat."""
+        """Brings the counters up to date."""
         self._counters["connections_now"] = len(self._relays)
         self._counters["dialling_now"] = len(self._dialling)
         self._counters["waiting_now"] = len(self._waiting)

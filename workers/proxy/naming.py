@@ -1,5 +1,6 @@
 """What a name stands for, and which address it has: clusters first, then the address book."""
 
+import asyncio
 import logging
 from ipaddress import IPv4Address, IPv4Network
 
@@ -10,6 +11,9 @@ from workers.proxy.teleport.client import AppTarget, NotOurs, Teleport
 from workers.proxy.teleport.errors import TeleportError, UnknownAppError, ZonesUnknownError
 
 log = logging.getLogger(__name__)
+
+# The supervisor routes a range within milliseconds, or refuses it.
+ROUTE_SECONDS = 1.0
 
 
 class UnknownAddressError(TeleportError):
@@ -24,7 +28,16 @@ class Naming:
     def __init__(self, teleport: Teleport, book: Book, network: Network) -> None:
         self._teleport = teleport
         self._book = book
-        self.network = network
+        self._network = network
+        self._network_changed = asyncio.Event()
+        # Ranges that clusters want and that were waited for in vain; the supervisor refused them.
+        self._unrouted: set[str] = set()
+
+    def use_network(self, network: Network) -> None:
+        """Ranges were added or removed; the routes are already there."""
+        self._network = network
+        self._unrouted.clear()
+        self._network_changed.set()
 
     async def resolve(self, spelling: str) -> Answer:
         """The answer to a question of dns for a name as it was typed. Raises nothing but bugs."""
@@ -33,7 +46,8 @@ class Naming:
             target = await self._teleport.resolve(name, spelling)
             if isinstance(target, NotOurs):
                 return forwarded()
-            return given(self._assign(name, target).address.packed)
+            entry = await self._assign(name, target)
+            return given(entry.address.packed)
         except RangeFullError as error:
             log.warning("%s gets no address: %s", name, error)
             return missing(range_is_full=True)
@@ -63,7 +77,7 @@ class Naming:
         entry = self._book.by_address(IPv4Address(ipv4))
         return None if entry is None else entry.name
 
-    def _assign(self, name: str, target: AppTarget) -> Entry:
+    async def _assign(self, name: str, target: AppTarget) -> Entry:
         known = BookTarget(
             profile=target.profile,
             leaf=target.leaf,
@@ -71,14 +85,25 @@ class Naming:
             app=target.app.name,
             public_addr=target.app.public_addr.removesuffix("."),
         )
-        return self._book.assign(name, self._range_for(target), known)
+        return self._book.assign(name, await self._range_for(target), known)
 
-    def _range_for(self, target: AppTarget) -> IPv4Network:
+    async def _range_for(self, target: AppTarget) -> IPv4Network:
+        """The cluster's range once it is routed: other addresses would lead nowhere."""
         wanted = target.ipv4_range
-        # A range that is not routed (refused, or not yet) would give unreachable addresses.
-        if wanted is not None and str(wanted) in self.network.ranges:
+        if wanted is not None and await self._is_routed(str(wanted)):
             return wanted
-        return IPv4Network(self.network.ranges[0])
+        return IPv4Network(self._network.ranges[0])
+
+    async def _is_routed(self, text: str) -> bool:
+        # The supervisor hears of a range only when the cluster's configuration is known here.
+        try:
+            async with asyncio.timeout(ROUTE_SECONDS):
+                while text not in self._network.ranges and text not in self._unrouted:
+                    self._network_changed.clear()
+                    await self._network_changed.wait()
+        except TimeoutError:
+            self._unrouted.add(text)
+        return text in self._network.ranges
 
     def _from_book(self, name: str, error: TeleportError) -> Answer:
         try:
@@ -86,10 +111,14 @@ class Naming:
         except BookError as book_error:
             log.error("%s: %s", name, book_error)
             return missing(range_is_full=False)
-        if entry is not None:
+        if entry is not None and self._leads_here(entry):
             return given(entry.address.packed, is_certain=False)
         if isinstance(error, ZonesUnknownError) or error.refusal is Refusal.NOT_LOGGED_IN:
             # Nobody can say whether it is an app; other names must go on working.
             return forwarded(is_certain=False)
         log.info("%s cannot be resolved: %s", name, error)
         return missing(range_is_full=False)
+
+    def _leads_here(self, entry: Entry) -> bool:
+        """Whether the address is in a routed range: others belong to somebody else's network."""
+        return any(entry.address in IPv4Network(text) for text in self._network.ranges)

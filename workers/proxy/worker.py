@@ -100,7 +100,7 @@ class ProxyWorker:
             case m.ListenerRefused():
                 self._listeners.refused(message)
             case m.NetworkChanged():
-                self._naming.network = message.network
+                self._naming.use_network(message.network)
             case _:
                 log.error("unexpected %s from the supervisor", type(message).__name__)
 

@@ -47,6 +47,10 @@ def resolve(naming: Naming, name: str = NAME) -> Answer:
     return asyncio.run(naming.resolve(name))
 
 
+def with_range(text: str):
+    return msgspec.structs.replace(NETWORK, ranges=[*NETWORK.ranges, text])
+
+
 def test_app_gets_an_address_and_keeps_it(naming, teleport):
     teleport.targets[NAME] = app_target()
     first = resolve(naming)
@@ -69,13 +73,38 @@ def test_name_that_is_not_ours_is_forwarded(naming):
     assert resolve(naming) == Answer(NameOutcome.NOT_OURS, None, VALID_SECONDS)
 
 
-def test_range_of_the_cluster_is_used_once_it_is_routed(naming, teleport):
+def test_range_that_is_never_routed_is_waited_for_once(naming, teleport, monkeypatch):
+    monkeypatch.setattr("workers.proxy.naming.ROUTE_SECONDS", 0.01)
     teleport.targets[NAME] = app_target(ipv4_range="10.1.0.0/16")
     assert resolve(naming).ipv4[:2] == b"\x0a\x01"
     teleport.targets["other.test"] = app_target(ipv4_range="10.2.0.0/16")
     assert IPv4Address(resolve(naming, "other.test").ipv4) in IPv4Network(NETWORK.ranges[0])
-    naming.network = msgspec.structs.replace(NETWORK, ranges=[*NETWORK.ranges, "10.2.0.0/16"])
+    monkeypatch.setattr("workers.proxy.naming.ROUTE_SECONDS", 60)
+    assert resolve(naming, "other.test").outcome is NameOutcome.ADDRESS
+    naming.use_network(with_range("10.2.0.0/16"))
     assert resolve(naming, "other.test").ipv4[:2] == b"\x0a\x02"
+
+
+def test_first_question_waits_until_the_range_of_the_cluster_is_routed(naming, teleport):
+    """Otherwise the name would have one address now and another a moment later."""
+    teleport.targets[NAME] = app_target(ipv4_range="10.2.0.0/16")
+
+    async def main():
+        answer = asyncio.create_task(naming.resolve(NAME))
+        await asyncio.sleep(0)
+        assert not answer.done()
+        naming.use_network(with_range("10.3.0.0/16"))
+        naming.use_network(with_range("10.2.0.0/16"))
+        return await asyncio.wait_for(answer, 20)
+
+    assert asyncio.run(main()).ipv4[:2] == b"\x0a\x02"
+
+
+def test_an_address_of_a_range_that_is_not_routed_is_not_given(naming, teleport, book):
+    """It would lead into somebody else's network."""
+    fill(book, NAME, "10.66.0.0/16")
+    teleport.targets[NAME] = UnreachableError("the proxy is down")
+    assert resolve(naming) == FAILED
 
 
 @pytest.mark.parametrize(

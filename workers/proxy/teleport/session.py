@@ -266,6 +266,7 @@ class Session:
             expires=_rfc3339(identity.not_after) if identity is not None else None,
             zones=list(zones),
             ranges=[str(config.ipv4_range)] if config and config.ipv4_range else [],
+            is_configured=config is not None,
             problem=safe_text(problem, 500),
         )
 

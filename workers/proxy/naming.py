@@ -111,7 +111,10 @@ class Naming:
         except BookError as book_error:
             log.error("%s: %s", name, book_error)
             return missing(range_is_full=False)
-        if entry is not None and self._leads_here(entry):
+        if entry is not None and not self._leads_here(entry):
+            log.info("%s cannot be reached, its range is not routed: %s", name, error)
+            return missing(range_is_full=False)
+        if entry is not None:
             return given(entry.address.packed, is_certain=False)
         if isinstance(error, ZonesUnknownError) or error.refusal is Refusal.NOT_LOGGED_IN:
             # Nobody can say whether it is an app; other names must go on working.

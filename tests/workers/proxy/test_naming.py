@@ -100,10 +100,15 @@ def test_first_question_waits_until_the_range_of_the_cluster_is_routed(naming, t
     assert asyncio.run(main()).ipv4[:2] == b"\x0a\x02"
 
 
-def test_an_address_of_a_range_that_is_not_routed_is_not_given(naming, teleport, book):
-    """It would lead into somebody else's network."""
+@pytest.mark.parametrize(
+    "error",
+    [UnreachableError("down"), ZonesUnknownError(UnreachableError("down"))],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_address_of_a_range_that_is_not_routed_is_not_given(naming, teleport, book, error):
+    """It would lead into somebody else's network; nor does upstream know the name."""
     fill(book, NAME, "10.66.0.0/16")
-    teleport.targets[NAME] = UnreachableError("the proxy is down")
+    teleport.targets[NAME] = error
     assert resolve(naming) == FAILED
 
 

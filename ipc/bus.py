@@ -12,14 +12,14 @@ again.
 
 import asyncio
 import logging
-import os
+import socket as sockets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import zmq
 from zmq.utils import z85
 
-from ipc import codec
+from ipc import bus_socket, codec
 from ipc.errors import BusyError, ConversationError, ForbiddenMessageError, PeerGoneError
 from ipc.messages import AnyMessage, BusKeys, Message
 from ipc.permits import Role, role_of
@@ -90,7 +90,15 @@ class _Driven:
 class BusContext:
     """The ZeroMQ context of one worker, with the allow-list for those who join its socket."""
 
-    def __init__(self, bus_dir: Path, slot: str, keys: BusKeys) -> None:
+    def __init__(
+        self,
+        bus_dir: Path,
+        slot: str,
+        keys: BusKeys,
+        listening: sockets.socket | None = None,
+    ) -> None:
+        """`listening` is this worker's own socket; without one `serve` makes it."""
+        self._listening = listening
         self._loop = asyncio.get_running_loop()
         self._dir = bus_dir
         self._slot = slot
@@ -132,18 +140,17 @@ class BusContext:
         socket.curve_server = True
         socket.zap_domain = ZAP_DOMAIN
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # Workers of other users connect through the group of the directory.
-        mask = os.umask(0o007)
+        listening, self._listening = self._listening, None
         try:
-            # libzmq unlinks and binds again without asking; that nobody else uses the path is
-            # what the supervisor's lock and its reaping of the predecessor ensure.
+            if listening is None:
+                listening = bus_socket.listen(self._dir, self._slot)
+            # libzmq takes the descriptor over, and looks at the path no more.
+            socket.setsockopt(zmq.USE_FD, listening.detach())
             socket.bind(f"ipc://{self._dir / self._slot}")
-        except zmq.ZMQError:
+        except (OSError, zmq.ZMQError):
             # An open socket would let the end of the context wait for ever.
             socket.close()
             raise
-        finally:
-            os.umask(mask)
         return self._drive(socket, on_frames)
 
     def make_client_socket(

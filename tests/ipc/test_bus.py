@@ -417,7 +417,7 @@ def test_closing_ends_even_when_the_socket_could_not_be_bound(tmp_path):
     async def scenario(bed: Bed) -> None:
         peer = bed.peer("proxy-0")
         bed.directory.joinpath("proxy-0").mkdir()
-        with pytest.raises(zmq.ZMQError):
+        with pytest.raises(OSError):
             peer.serve()
         peer.context.close()  # libzmq's term would wait for ever here
 

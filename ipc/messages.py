@@ -263,6 +263,28 @@ class Stop(Message, frozen=True, tag=True):
 # --- Channel: worker to supervisor ------------------------------------------------------------
 
 
+class Confined(Message, frozen=True, tag=True):
+    """The first message of a worker: which of its rights it has given up, for `vnet status`.
+
+    `capabilities` are those it could not be rid of. `landlock` is the version of the kernel's
+    interface, `seccomp` the kind of the filter; either is None where there is none. `missing` says in
+    words what is not in force.
+    """
+
+    uid: Count
+    no_new_privs: bool
+    capabilities: Annotated[list[Annotated[str, Meta(max_length=32)]], Meta(max_length=64)]
+    landlock: Annotated[int, Meta(ge=1, le=1000)] | None
+    seccomp: Annotated[str, Meta(max_length=32)] | None
+    missing: Annotated[list[SafeText], Meta(max_length=20)]
+
+
+class NeedsRestart(Message, frozen=True, tag=True):
+    """The worker cannot go on with what it was given when it was confined; it wants a successor."""
+
+    reason: SafeText
+
+
 class Ready(Message, frozen=True, tag=True):
     """The worker is set up and does its work. Up is not ready: only this message is."""
 
@@ -360,7 +382,14 @@ SupervisorToWorker: TypeAlias = (
     | Stop
 )
 WorkerToSupervisor: TypeAlias = (
-    Ready | Heartbeat | OpenListener | CloseListener | ClustersReported | PeerMisbehaved
+    Confined
+    | NeedsRestart
+    | Ready
+    | Heartbeat
+    | OpenListener
+    | CloseListener
+    | ClustersReported
+    | PeerMisbehaved
 )
 AnyMessage: TypeAlias = (
     TunToProxy | ProxyToTun | DnsToProxy | ProxyToDns | SupervisorToWorker | WorkerToSupervisor

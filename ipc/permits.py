@@ -50,10 +50,12 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.Stop,
         }
     ),
-    (Role.TUN, Role.SUPERVISOR): frozenset({m.Ready, m.Heartbeat, m.PeerMisbehaved}),
-    (Role.DNS, Role.SUPERVISOR): frozenset({m.Ready, m.Heartbeat, m.PeerMisbehaved}),
+    (Role.TUN, Role.SUPERVISOR): frozenset({m.Confined, m.Ready, m.Heartbeat, m.PeerMisbehaved}),
+    (Role.DNS, Role.SUPERVISOR): frozenset({m.Confined, m.Ready, m.Heartbeat, m.PeerMisbehaved}),
     (Role.PROXY, Role.SUPERVISOR): frozenset(
         {
+            m.Confined,
+            m.NeedsRestart,
             m.Ready,
             m.Heartbeat,
             m.OpenListener,

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import grp
 import os
 import secrets
 import shutil
@@ -20,8 +19,6 @@ from supervisor.settings import User
 
 # unix(7): a socket's path has 107 bytes, and "/bus/proxy-63" comes after the directory.
 MAX_PATH_BYTES = 107 - 13
-# Where numbers for a group nobody is in are looked for; above what distributions give out.
-_FREE_GROUPS = range(64_100, 65_000)
 
 
 class RunDirectory:
@@ -59,8 +56,8 @@ class RunDirectory:
         """An empty bus directory for sockets of the workers, and of nobody else.
 
         Workers of different users meet here: a group nobody is in opens it (set-group-id, so
-        that the sockets belong to it; sticky, so that no worker removes another's socket).
-        Where all have one user id the directory is that user's alone.
+        that the sockets belong to it). They are made before a worker gives up its rights, so that it
+        can neither add nor remove one. Where all have one user id the directory is that user's alone.
 
         Raises:
             MisconfiguredError: other users cannot reach the directory.
@@ -72,7 +69,7 @@ class RunDirectory:
         bus.mkdir(mode=0o700)
         if group is not None:
             os.chown(bus, -1, group)
-            bus.chmod(0o3770)
+            bus.chmod(0o2710)
         return bus
 
     def close(self) -> None:
@@ -113,12 +110,6 @@ def _require_way_for_others(path: Path) -> None:
                 " workers are other users: choose another, such as /run/vnet"
             )
             raise MisconfiguredError([problem])
-
-
-def unused_group() -> int:
-    """The number of a group that the system has no name for."""
-    taken = {entry.gr_gid for entry in grp.getgrall()}
-    return next(number for number in _FREE_GROUPS if number not in taken)
 
 
 def make_state_directory(path: Path, user: User, *, change_owner: bool) -> Path:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
+PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+PR_GET_NO_NEW_PRIVS = 39
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 # linux/capability.h: version 3, 64 bits in two words
@@ -66,13 +69,50 @@ def give_up(identity: Identity, max_files: int) -> None:
         # Beyond the kernel's last capability: EINVAL. Without CAP_SETPCAP: EPERM, and then
         # no_new_privs keeps the bounding set from mattering.
         _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
-    if os.getuid() != identity.uid or os.geteuid() == 0:
-        os.setgroups([] if identity.extra_group is None else [identity.extra_group])
-        os.setresgid(identity.gid, identity.gid, identity.gid)
-        os.setresuid(identity.uid, identity.uid, identity.uid)
+    _leave_groups(identity)
+    os.setresgid(identity.gid, identity.gid, identity.gid)
+    os.setresuid(identity.uid, identity.uid, identity.uid)
     _libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _drop_capabilities()
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
+    # Otherwise another worker of the same user could read its memory.
+    _prctl(PR_SET_DUMPABLE, 0)
+
+
+def held_capabilities() -> list[int]:
+    """The numbers of all capabilities in a set of this process, the bounding set included."""
+    held = 0
+    for word in _capability_words():
+        held |= word
+    return [
+        number
+        for number in range(LAST_CAPABILITY_BOUND)
+        if held >> number & 1 or _libc.prctl(PR_CAPBSET_READ, number, 0, 0, 0) == 1
+    ]
+
+
+def has_no_new_privs() -> bool:
+    """Whether this process can gain no right by running a program."""
+    return bool(_libc.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1)
+
+
+def _leave_groups(identity: Identity) -> None:
+    try:
+        os.setgroups([] if identity.extra_group is None else [identity.extra_group])
+    except PermissionError:
+        # A user namespace that has one user does not let go of groups.
+        if identity.extra_group is not None:
+            raise
+
+
+def _capability_words() -> tuple[int, int, int]:
+    """Effective, permitted and inheritable capabilities, 64 bits each."""
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    words = (ctypes.c_uint32 * (3 * CAPABILITY_WORDS))()
+    if _libc.capget(header, words) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"capget: {os.strerror(number)}")
+    return words[0] | words[3] << 32, words[1] | words[4] << 32, words[2] | words[5] << 32
 
 
 def _drop_capabilities() -> None:

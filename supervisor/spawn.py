@@ -2,7 +2,8 @@
 
 The child gets its end of the channel, its log pipe and standard error, and closes everything else
 (TUN devices and sockets come over the channel, so that it holds just what it was given). It imports its
-code, then gives up its rights, then starts the event loop.
+code, makes its listening socket of the bus, then gives up its rights (`supervisor.confinement`), says
+what it has given up, and starts the event loop.
 """
 
 import contextlib
@@ -17,10 +18,14 @@ import traceback
 import warnings
 from dataclasses import dataclass
 
+from ipc import bus_socket
 from ipc.channel import Channel, make_pair
 from ipc.logpipe import WorkerLogHandler, WorkerLogReceiver, make_pipe
 from ipc.permits import Role, role_of
 from supervisor import privileges
+from supervisor.confinement import apply
+from supervisor.confinement.apply import ConfinementError
+from supervisor.confinement.landlock_rules import Reach
 from supervisor.privileges import Identity
 
 # Modules are named, not imported: the supervisor never loads what a worker uses (ZeroMQ starts
@@ -47,8 +52,8 @@ class Spawned:
     log_receiver: WorkerLogReceiver
 
 
-def spawn(slot: str, identity: Identity, log_handler: logging.Handler) -> Spawned:
-    """Forks a worker for this slot.
+def spawn(slot: str, identity: Identity, reach: Reach, log_handler: logging.Handler) -> Spawned:
+    """Forks a worker for this slot, which becomes `identity` and reaches the files of `reach`.
 
     Raises:
         OSError: no process or descriptor is left.
@@ -56,7 +61,7 @@ def spawn(slot: str, identity: Identity, log_handler: logging.Handler) -> Spawne
     ours, theirs = make_pair()
     try:
         with theirs:
-            pid, receiver = _fork(slot, identity, theirs, log_handler)
+            pid, receiver = _fork(slot, identity, reach, theirs, log_handler)
     except BaseException:
         ours.close()
         raise
@@ -65,7 +70,11 @@ def spawn(slot: str, identity: Identity, log_handler: logging.Handler) -> Spawne
 
 
 def _fork(
-    slot: str, identity: Identity, end: socket.socket, log_handler: logging.Handler
+    slot: str,
+    identity: Identity,
+    reach: Reach,
+    end: socket.socket,
+    log_handler: logging.Handler,
 ) -> tuple[int, WorkerLogReceiver]:
     log_reader, log_writer = make_pipe()
     try:
@@ -77,7 +86,7 @@ def _fork(
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
-            _live(slot, identity, end, log_writer, supervisor_pid)
+            _live(slot, identity, reach, end, log_writer, supervisor_pid)
     finally:
         os.close(log_writer)
     return pid, receiver
@@ -93,7 +102,12 @@ def _receive_log(log_reader: int, slot: str, log_handler: logging.Handler) -> Wo
 
 
 def _live(
-    slot: str, identity: Identity, end: socket.socket, log_writer: int, supervisor_pid: int
+    slot: str,
+    identity: Identity,
+    reach: Reach,
+    end: socket.socket,
+    log_writer: int,
+    supervisor_pid: int,
 ) -> None:
     """The whole life of the child."""
     status = CRASHED
@@ -101,8 +115,10 @@ def _live(
         _cut_loose(slot, end, log_writer, supervisor_pid)
         logging.getLogger().handlers[:] = [WorkerLogHandler(log_writer)]
         try:
-            _work(slot, identity, end, supervisor_pid)
+            _work(slot, identity, reach, end, supervisor_pid)
             status = 0
+        except ConfinementError as error:
+            logging.getLogger(__name__).error("%s cannot be confined: %s", slot, error)
         except BaseException:
             logging.getLogger(__name__).exception("%s crashed", slot)
     except BaseException:  # noqa: BLE001  # the outermost frame: nothing may pass the fork
@@ -138,14 +154,19 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(lowest, max(MAX_FILES, os.sysconf("SC_OPEN_MAX")))
 
 
-def _work(slot: str, identity: Identity, end: socket.socket, supervisor_pid: int) -> None:
+def _work(
+    slot: str, identity: Identity, reach: Reach, end: socket.socket, supervisor_pid: int
+) -> None:
+    role = role_of(slot)
     runtime = importlib.import_module("workers.runtime")
-    module = importlib.import_module(WORKER_MODULES[role_of(slot)])
-    privileges.give_up(identity, MAX_FILES)
-    # A change of user id clears it.
-    privileges.die_with_parent(supervisor_pid)
+    module = importlib.import_module(WORKER_MODULES[role])
+    listening = None if reach.bus_dir is None else bus_socket.listen(reach.bus_dir, slot)
+    confinement = apply.confine(role, identity, reach, MAX_FILES, supervisor_pid)
+    # Said by this code, before any of the worker's own runs.
+    Channel(end, role, Role.SUPERVISOR, takes_descriptors=False).send(confinement.report)
     sys.addaudithook(_report_late_import)
-    runtime.run(slot, end, module.main)
+    what_is_new = confinement.awaited.what_is_new if confinement.awaited else None
+    runtime.run(slot, end, module.main, listening, what_is_new)
 
 
 def _report_late_import(event: str, arguments: tuple[object, ...]) -> None:

@@ -50,6 +50,21 @@ class LastExitStatus(_Part, frozen=True):
     signal: str | None
 
 
+class ConfinementStatus(_Part, frozen=True):
+    """What a worker has said of its confinement before its own code began.
+
+    `capabilities` are those it could not be rid of, `landlock` is the version of the kernel's
+    interface, `seccomp` the kind of the system call filter; `missing` says what is not in force.
+    """
+
+    uid: int
+    no_new_privs: bool
+    capabilities: list[str]
+    landlock: int | None
+    seccomp: str | None
+    missing: list[str]
+
+
 class WorkerStatus(_Part, frozen=True):
     """One worker slot. Measures of the process are null while there is none."""
 
@@ -62,6 +77,7 @@ class WorkerStatus(_Part, frozen=True):
     rss_bytes: int | None
     cpu_percent: float | None
     last_exit: LastExitStatus | None
+    confinement: ConfinementStatus | None = None
 
 
 class NetworkStatus(_Part, frozen=True):

@@ -71,6 +71,7 @@ class StatusReporter:
             rss_bytes=rss,
             cpu_percent=cpu,
             last_exit=_last_exit(worker.last_exit),
+            confinement=_confinement(worker),
         )
 
     def _process(self, pid: int | None) -> psutil.Process | None:
@@ -138,6 +139,20 @@ def _clusters(report: ClustersReported | None) -> list[status.ClusterStatus]:
         )
         for cluster in (report.clusters if report else [])
     ]
+
+
+def _confinement(worker: Worker) -> status.ConfinementStatus | None:
+    report = worker.confinement
+    if report is None or not worker.is_alive:
+        return None
+    return status.ConfinementStatus(
+        uid=report.uid,
+        no_new_privs=report.no_new_privs,
+        capabilities=report.capabilities,
+        landlock=report.landlock,
+        seccomp=report.seccomp,
+        missing=report.missing,
+    )
 
 
 def _last_exit(last_exit: LastExit | None) -> status.LastExitStatus | None:

@@ -22,11 +22,12 @@ from ipc import messages as m
 from supervisor import clusters, configure, network, places, privileges
 from supervisor.commands import Commands
 from supervisor.configure import Surroundings
+from supervisor.confinement import identities
+from supervisor.confinement.reach import reach_of
 from supervisor.control import ControlSocket
 from supervisor.dataplane import NamespaceDataPlane
 from supervisor.listeners import ListenerRefusedError, Listeners
 from supervisor.nameservers import Nameservers
-from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits
 from supervisor.settings import Settings
 from supervisor.worker import Worker
@@ -34,8 +35,6 @@ from supervisor.worker_states import WorkerState
 
 log = logging.getLogger(__name__)
 
-# Nobody, the user that owns nothing; tun and dns need no file of anyone.
-NOBODY = 65534
 # The longest the loop sleeps: heartbeats and nameservers are looked at this often.
 TICK_SECONDS = 0.5
 # A worker that has not said READY by then never will; imports take about one second.
@@ -137,15 +136,15 @@ class Supervisor:
         self._listeners = Listeners(self._data_plane, config.proxy.workers, limit)
         closing.callback(self._listeners.close_all)
         self._nameservers = Nameservers(config.dns.upstream, network.dns_addresses(plan))
-        group = places.unused_group() if is_root else None
+        chosen = identities.choose(configure.slots(config.proxy.workers), settings.user)
         self._around = Surroundings(
             network=plan,
             upstream=self._nameservers.upstream,
             keys=configure.make_keys(config.proxy.workers),
-            bus_dir=run_directory.make_bus(group),
+            bus_dir=run_directory.make_bus(chosen.bus_group),
             book_path=user_state / "book.sqlite",
         )
-        self._make_workers(group)
+        self._make_workers(chosen)
         self._control = ControlSocket(
             run_directory.control_path, self._selector, self._commands.answer
         )
@@ -165,20 +164,14 @@ class Supervisor:
             log.log(level, "this host has IPv6 switched off; VNet uses IPv4 only")
         return has_it
 
-    def _make_workers(self, group: int | None) -> None:
+    def _make_workers(self, chosen: identities.Identities) -> None:
         config = self.settings.config
         limits = RestartLimits(
             config.supervisor.restart_max, config.supervisor.restart_window_seconds
         )
-        for slot in configure.slots(config.proxy.workers):
-            self.workers[slot] = Worker(slot, self._identity(slot, group), limits)
-
-    def _identity(self, slot: str, group: int | None) -> Identity:
-        if group is None:
-            return Identity(os.getuid(), os.getgid(), None)
-        if slot in ("tun", "dns"):
-            return Identity(NOBODY, NOBODY, group)
-        return Identity(self.settings.user.uid, self.settings.user.gid, group)
+        for slot, identity in chosen.of.items():
+            reach = reach_of(slot, self.settings, self._around)
+            self.workers[slot] = Worker(slot, identity, limits, reach)
 
     def _watch_signals(self, closing: contextlib.ExitStack) -> None:
         reader, writer = socket.socketpair()
@@ -305,6 +298,13 @@ class Supervisor:
     def _take(self, worker: Worker, message: m.AnyMessage) -> None:
         now = time.monotonic()
         match message:
+            case m.Confined():
+                worker.was_confined(message)
+            case m.NeedsRestart():
+                log.info("%s is restarted: %s", worker.slot, message.reason)
+                if worker.is_alive:
+                    worker.comes_back = True
+                    worker.order_stop(now, GRACE_SECONDS)
             case m.Ready():
                 self._became_ready(worker, now)
             case m.Heartbeat():

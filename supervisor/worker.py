@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ipc.errors import BusyError, ConversationError, PeerGoneError
-from ipc.messages import AnyMessage, Message, Stop
+from ipc.messages import AnyMessage, Confined, Message, Stop
 from supervisor import worker_states
 from supervisor.allowance import Allowance
+from supervisor.confinement.landlock_rules import Reach
 from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits, RestartPolicy
 from supervisor.spawn import Spawned, spawn
@@ -57,12 +58,16 @@ class LastExit:
 class Worker:
     """See the module. Times are monotonic seconds."""
 
-    def __init__(self, slot: str, identity: Identity, limits: RestartLimits) -> None:
+    def __init__(
+        self, slot: str, identity: Identity, limits: RestartLimits, reach: Reach | None = None
+    ) -> None:
         self.slot = slot
         self.state = WorkerState.STOPPED
         self.restarts = 0
         self.last_exit: LastExit | None = None
         self.counters: dict[str, int] = {}
+        # What the present process has said of its confinement; None until then.
+        self.confinement: Confined | None = None
         self.started_at = 0.0
         self.last_heartbeat = 0.0
         self.restart_at: float | None = None
@@ -71,6 +76,7 @@ class Worker:
         # Set while a stop is part of a restart.
         self.comes_back = False
         self._identity = identity
+        self._reach = reach or Reach()
         self._policy = RestartPolicy(limits)
         self._process: Spawned | None = None
         self._has_hung_up = False
@@ -109,16 +115,24 @@ class Worker:
         self.comes_back = False
         self.started_at = self.last_heartbeat = now
         self.counters = {}
+        self.confinement = None
         self._has_hung_up = self._is_killed = False
         self._allowance = Allowance(BYTES_PER_SECOND, BURST_BYTES, now)
         try:
-            self._process = spawn(self.slot, self._identity, log_handler)
+            self._process = spawn(self.slot, self._identity, self._reach, log_handler)
         except OSError as error:
             log.error("%s cannot be started: %s", self.slot, error)
             self.last_exit = None
             self._decide_what_follows(now)
         else:
             log.info("%s starts as process %d", self.slot, self._process.pid)
+
+    def was_confined(self, report: Confined) -> None:
+        """Its first message; one that says it again is killed, for then others may speak in it."""
+        if self.confinement is None:
+            self.confinement = report
+        else:
+            self.kill("it says twice that it is confined")
 
     def became_ready(self, now: float) -> None:
         self._move(WorkerEvent.BECAME_READY)

@@ -27,6 +27,7 @@ from ipc.messages import (
     ConfigureTun,
     Heartbeat,
     Message,
+    NeedsRestart,
     PeerMisbehaved,
     Ready,
     SetLogLevel,
@@ -45,13 +46,23 @@ MAX_OUTBOX = 10_000
 # One report makes the supervisor replace a peer; the others of a flood say nothing new.
 REPORT_SECONDS = 1.0
 
+# A path that has come after the worker was confined, so that it may not read it; may block.
+WhatIsNew = Callable[[], Path | None]
+
 
 class Runtime(Generic[C]):
     """One worker's surroundings; see the module."""
 
     def __init__(
-        self, channel: Channel, config: C, descriptors: list[int], loop: asyncio.AbstractEventLoop
+        self,
+        channel: Channel,
+        config: C,
+        descriptors: list[int],
+        loop: asyncio.AbstractEventLoop,
+        listening: socket.socket | None = None,
+        what_is_new: WhatIsNew | None = None,
     ) -> None:
+        """`listening` is this worker's own socket of the bus, made before it was confined."""
         self.config: C = config
         self.descriptors = descriptors
         self.counters: dict[str, int] = {}
@@ -60,6 +71,9 @@ class Runtime(Generic[C]):
         self._channel = channel
         self._loop = loop
         self._outbox: deque[Message] = deque()
+        self._listening = listening
+        self._what_is_new = what_is_new
+        self._look: asyncio.Future[Path | None] | None = None
         self._bus: BusContext | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
         self._reported_at: dict[str, float] = {}
@@ -111,7 +125,7 @@ class Runtime(Generic[C]):
     def _bus_context(self) -> BusContext:
         if self._bus is None:
             common: Common = self.config.common
-            self._bus = BusContext(Path(common.bus_dir), common.slot, common.keys)
+            self._bus = BusContext(Path(common.bus_dir), common.slot, common.keys, self._listening)
         return self._bus
 
     def _report_breach(self, slot: str, error: ConversationError) -> None:
@@ -126,7 +140,23 @@ class Runtime(Generic[C]):
         # Skipped while the queue is not empty: the supervisor is told nothing new by it.
         if not self._outbox:
             self.send(Heartbeat(counters=dict(self.counters)))
+        if self._what_is_new is not None and self._look is None:
+            # In a thread: the file system may hang.
+            self._look = self._loop.run_in_executor(None, self._what_is_new)
+            self._look.add_done_callback(self._looked)
         self._heartbeat = self._loop.call_later(self.config.common.heartbeat_seconds, self._beat)
+
+    def _looked(self, look: "asyncio.Future[Path | None]") -> None:
+        if look.cancelled():
+            return
+        path = look.result()
+        if path is None:
+            self._look = None
+        elif not self.stopping.is_set():
+            # Once is enough, so there is no further look.
+            self.send(
+                NeedsRestart(reason=f"{path} is new, and it may read only what it knew"[:500])
+            )
 
     def _flush(self) -> None:
         try:
@@ -173,8 +203,14 @@ def _ignore(message: AnyMessage, _descriptors: list[int]) -> None:
     log.debug("%s came before the worker was set up", type(message).__name__)
 
 
-def run(slot: str, end: socket.socket, main: Callable[[Runtime[C]], Awaitable[None]]) -> None:
-    """Runs a worker to its end; `end` is its side of the channel.
+def run(
+    slot: str,
+    end: socket.socket,
+    main: Callable[[Runtime[C]], Awaitable[None]],
+    listening: socket.socket | None = None,
+    what_is_new: WhatIsNew | None = None,
+) -> None:
+    """Runs a worker to its end; `end` is its side of the channel, `listening` its socket of the bus.
 
     Raises whatever the worker's main raises: a bug ends the process and the supervisor starts
     another.
@@ -183,13 +219,18 @@ def run(slot: str, end: socket.socket, main: Callable[[Runtime[C]], Awaitable[No
     # The supervisor ends its workers itself, in its own order; a Ctrl-C goes to all of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(channel, main))
+        runner.run(_run(channel, main, listening, what_is_new))
 
 
-async def _run(channel: Channel, main: Callable[[Runtime[C]], Awaitable[None]]) -> None:
+async def _run(
+    channel: Channel,
+    main: Callable[[Runtime[C]], Awaitable[None]],
+    listening: socket.socket | None,
+    what_is_new: WhatIsNew | None,
+) -> None:
     loop = asyncio.get_running_loop()
     config, descriptors = await _first_message(channel, loop)
-    runtime: Runtime[C] = Runtime(channel, config, descriptors, loop)  # type: ignore[arg-type]  # the permit table lets only this role's configuration through
+    runtime: Runtime[C] = Runtime(channel, config, descriptors, loop, listening, what_is_new)  # type: ignore[arg-type]  # the permit table lets only this role's configuration through
     logging.getLogger().setLevel(config.common.log_level)
     runtime.start()
     try:

@@ -1,6 +1,7 @@
 """`vnet status` for people: text that fits 80 columns. Pure."""
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from supervisor.status import Status, WorkerStatus
 
@@ -34,6 +35,7 @@ def lines(status: Status) -> Iterator[str]:
     yield f"{'WORKER':<10}{'STATE':<10}{'PID':>8}{'RESTARTS':>10}{'UP':>10}{'MEMORY':>10}{'CPU':>8}"
     for worker in status.workers or ():
         yield _worker(worker)
+    yield from _unconfined(status.workers or ())
     if status.clusters:
         yield ""
         yield f"{'CLUSTER':<24}{'STATE':<16}{'USER':<18}EXPIRES"
@@ -41,6 +43,16 @@ def lines(status: Status) -> Iterator[str]:
             yield (
                 f"{cluster.name:<24}{cluster.state:<16}{cluster.user:<18}{cluster.expires or '-'}"
             )
+
+
+def _unconfined(workers: Sequence[WorkerStatus]) -> Iterator[str]:
+    """A note for each part of the confinement that is not in force, with the workers it concerns."""
+    names: dict[str, list[str]] = {}
+    for worker in workers:
+        for text in worker.confinement.missing if worker.confinement else ():
+            names.setdefault(text, []).append(worker.name)
+    for text, concerned in names.items():
+        yield from textwrap.wrap(f"note, {', '.join(concerned)}: {text}", 80)
 
 
 def _worker(worker: WorkerStatus) -> str:

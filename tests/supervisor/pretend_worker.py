@@ -5,11 +5,11 @@ memory.
 """
 
 import asyncio
+import mmap
 import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from ipc import messages as m
 from workers.runtime import Runtime
@@ -18,6 +18,22 @@ AnyRuntime = Runtime  # of whichever configuration
 Behaviour = Callable[[AnyRuntime], Awaitable[None]]
 
 BEHAVIOURS: dict[str, Behaviour] = {}
+
+
+class Marker:
+    """A flag in memory that a test shares with the workers, which can open no file."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 1)
+        self.is_set = True
+
+    @property
+    def is_set(self) -> bool:
+        return self._memory[0] == 1
+
+    @is_set.setter
+    def is_set(self, value: bool) -> None:
+        self._memory[0] = int(value)
 
 
 async def main(runtime: AnyRuntime) -> None:
@@ -48,13 +64,12 @@ async def ignore_stop(runtime: AnyRuntime) -> None:
     await asyncio.sleep(1000)
 
 
-def once(marker: Path, odd: Behaviour) -> Behaviour:
-    """`odd` at the first start, a good worker afterwards. `marker` exists until the first start."""
+def once(marker: Marker, odd: Behaviour) -> Behaviour:
+    """`odd` at the first start, a good worker afterwards. `marker` is set until the first start."""
 
     async def behave(runtime: AnyRuntime) -> None:
-        # Another user's, so it is emptied where it cannot be removed.
-        if marker.read_text():
-            marker.write_text("")
+        if marker.is_set:
+            marker.is_set = False
             await odd(runtime)
         else:
             await work(runtime)
@@ -62,11 +77,11 @@ def once(marker: Path, odd: Behaviour) -> Behaviour:
     return behave
 
 
-def crash_while(marker: Path) -> Behaviour:
-    """Ends with status 9 as long as the file has content."""
+def crash_while(marker: Marker) -> Behaviour:
+    """Ends with status 9 as long as it is set."""
 
     async def behave(runtime: AnyRuntime) -> None:
-        if marker.read_text():
+        if marker.is_set:
             os._exit(9)
         await work(runtime)
 

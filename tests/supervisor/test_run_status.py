@@ -27,7 +27,7 @@ KEYS = {
     "supervisor": ["pid", "version", "uptime_seconds", "user"],
     "workers": [
         "name", "pid", "state", "restarts", "uptime_seconds", "heartbeat_age_seconds",
-        "rss_bytes", "cpu_percent", "last_exit",
+        "rss_bytes", "cpu_percent", "last_exit", "confinement",
     ],
     "network": [
         "interface", "mtu", "ipv4_cidr_ranges", "ipv6_prefix", "dns_addresses", "dns_zones",
@@ -200,6 +200,37 @@ def test_text_for_people_fits_80_columns(report):
     lines = list(status_view.lines(decoded))
     assert lines[0].startswith("VNet is ")
     assert max(map(len, lines)) <= 80
+
+
+def test_what_is_missing_of_the_confinement_is_a_note_and_no_degradation():
+    run = ready_run()
+    for slot, missing in (
+        ("tun", ["this kernel has no Landlock"]),
+        ("dns", []),
+        ("proxy-0", ["x"]),
+    ):
+        run.workers[slot].confinement = m.Confined(
+            uid=7,
+            no_new_privs=True,
+            capabilities=[],
+            landlock=None,
+            seccomp="allow-list",
+            missing=missing,
+        )
+    run.workers["dns"].confinement = run.workers["tun"].confinement
+    found = StatusReporter(run).collect(os.getpid())
+    assert found.health is Health.HEALTHY
+    lines = list(status_view.lines(found))
+    assert [line for line in lines if line.startswith("note")] == [
+        "note, tun, dns: this kernel has no Landlock",
+        "note, proxy-0: x",
+    ]
+    by_name = {worker["name"]: worker["confinement"] for worker in collected(run)["workers"]}
+    assert by_name["proxy-1"] is None
+    assert by_name["tun"] == {
+        "uid": 7, "no_new_privs": True, "capabilities": [], "landlock": None,
+        "seccomp": "allow-list", "missing": ["this kernel has no Landlock"],
+    }  # fmt: skip
 
 
 # -- commands --

@@ -32,11 +32,8 @@ def directory(tmp_path):
 
 
 @pytest.fixture
-def marker(directory):
-    path = directory / "marker"
-    path.write_text("odd")
-    path.chmod(0o666)
-    return path
+def marker():
+    return pretend_worker.Marker()
 
 
 def pids(status) -> dict[str, int]:
@@ -89,7 +86,7 @@ def test_worker_that_crashes_too_often_is_given_up_and_can_be_brought_back(direc
         )
         assert status.health == "degraded"
         assert "vnet restart dns" in status.reasons[0]
-        marker.write_text("")
+        marker.is_set = False
         run.order(cm.Restart(worker="dns"))
         after = pids(run.wait_until_healthy())
         assert {name: after[name] for name in others} == others
@@ -139,6 +136,14 @@ def test_commanded_restart_is_no_crash(directory):
         assert all(worker.restarts == 0 for worker in found.workers)
 
 
+def test_proxy_that_needs_a_restart_gets_it_and_it_is_no_crash(directory, marker):
+    asking = pretend_worker.send_raw(codec.encode(m.NeedsRestart(reason="/home/a/.tsh is new")))
+    with supervised_run(directory, proxy_0=pretend_worker.once(marker, asking)) as run:
+        run.wait_for(lambda _found: "proxy-0 is restarted: /home/a/.tsh is new" in run.log)
+        found = run.wait_until_healthy()
+        assert all(worker.restarts == 0 for worker in found.workers)
+
+
 def test_all_can_be_restarted_at_once(directory):
     with supervised_run(directory) as run:
         before = pids(run.wait_until_healthy())
@@ -162,6 +167,12 @@ FORBIDDEN = {
     "what only proxies say": codec.encode(m.OpenListener(address=b"\x64\x40\3\4", port=1)),
     "too much": codec.encode(m.Ready()).ljust(codec.MAX_MESSAGE_BYTES + 1, b"\0"),
     "ready twice": codec.encode(m.Ready()),
+    "confined twice": codec.encode(
+        m.Confined(
+            uid=0, no_new_privs=True, capabilities=[], landlock=9, seccomp="none", missing=[]
+        )
+    ),
+    "a wish that only proxies have": codec.encode(m.NeedsRestart(reason="")),
     "a false witness": codec.encode(m.PeerMisbehaved(slot="tun", reason="I say so")),
     "nobody's name": codec.encode(m.PeerMisbehaved(slot="proxy-9", reason="")),
     "nothing": b"",
@@ -254,13 +265,18 @@ def status_fields(thread: Path) -> dict[str, str]:
 @pytest.mark.root
 def test_every_thread_of_a_worker_has_no_right_left(directory):
     with supervised_run(directory) as run:
-        for slot, pid in pids(run.wait_until_healthy()).items():
+        said = {worker.name: worker.confinement for worker in run.wait_until_healthy().workers}
+        assert all(confinement.missing == [] for confinement in said.values())
+        assert len({said[slot].uid for slot in ("tun", "dns", "proxy-0")}) == 3
+        assert said["proxy-0"].uid == said["proxy-1"].uid == run.settings.user.uid
+        for slot, pid in pids(run.status()).items():
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 found = status_fields(thread)
-                uid = "65534" if slot in ("tun", "dns") else str(run.settings.user.uid)
+                uid = str(said[slot].uid)
                 assert found["Uid"].split() == [uid] * 4
                 assert found["Gid"].split() == [uid] * 4
                 assert found["NoNewPrivs"] == "1"
+                assert found["Seccomp"] == "2"
                 assert found["Umask"] == "0077"
                 for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                     assert int(found[name], 16) == 0, (slot, name)

@@ -15,6 +15,7 @@ from ipc.channel import Channel, make_pair
 from ipc.permits import Role
 from supervisor import main, privileges, spawn, worker
 from supervisor.allowance import Allowance
+from supervisor.confinement.landlock_rules import Reach
 from supervisor.privileges import Identity
 from supervisor.spawn import Spawned
 from supervisor.worker_states import WorkerState
@@ -150,7 +151,7 @@ def test_failed_spawn_leaves_nothing(monkeypatch, what):
 
     before, threads = open_descriptors(), threading.active_count()
     with pytest.raises(OSError):
-        spawn.spawn("dns", Identity(0, 0, None), logging.NullHandler())
+        spawn.spawn("dns", Identity(0, 0, None), Reach(), logging.NullHandler())
     monkeypatch.undo()
     for thread in threading.enumerate():
         if thread.name.startswith("log-"):

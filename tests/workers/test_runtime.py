@@ -113,6 +113,28 @@ def test_heartbeats_carry_the_counters_of_the_moment(run):
     run(scenario)
 
 
+def test_new_path_makes_the_worker_ask_for_a_successor_once(run):
+    async def scenario(bed: Bed) -> None:
+        found = iter([None, None, Path("/home/alice/.tsh")])
+        bed.supervisor = Channel(bed._ends[0], Role.SUPERVISOR, Role.PROXY, takes_descriptors=False)
+        bed.runtime._what_is_new = lambda: next(found)
+        bed.runtime.start()
+        heard: list[m.AnyMessage] = []
+
+        def has_asked() -> bool:
+            heard.extend(bed.heard())
+            return bool(heard)
+
+        await until(has_asked)
+        await asyncio.sleep(0.1)  # five beats, in which a further look would raise StopIteration
+        heard.extend(bed.heard())
+        [message] = heard
+        assert isinstance(message, m.NeedsRestart)
+        assert "/home/alice/.tsh" in message.reason
+
+    run(scenario)
+
+
 def test_stuck_loop_sends_no_heartbeat(run):
     async def scenario(bed: Bed) -> None:
         import time

@@ -1,0 +1,28 @@
+"""Which directories a worker is let into. Pure; the rest is in `landlock_rules`."""
+
+from pathlib import Path
+
+from ipc.permits import Role, role_of
+from supervisor.configure import Surroundings
+from supervisor.confinement.landlock_rules import KEEP_FILES, READ, FileRule, Reach
+from supervisor.settings import Settings
+
+
+def reach_of(slot: str, settings: Settings, around: Surroundings) -> Reach:
+    """What this slot needs: tun and dns nothing, a proxy the tsh home and its state directory."""
+    match role_of(slot):
+        case Role.TUN:
+            return Reach(around.bus_dir)
+        case Role.DNS:
+            # It joins the proxies; nobody joins it.
+            return Reach()
+        case _:
+            home = settings.teleport_home
+            rules = [
+                FileRule(home, READ, is_awaited=True),
+                FileRule(around.book_path.parent, KEEP_FILES),
+            ]
+            ca_file = settings.config.teleport.ca_file
+            if ca_file and home not in Path(ca_file).parents:
+                rules.append(FileRule(Path(ca_file), READ, is_awaited=True))
+            return Reach(around.bus_dir, tuple(rules))

@@ -46,6 +46,7 @@ def confine(
         ConfinementError: see there.
     """
     missing: list[str] = []
+    step = "user and capabilities"
     try:
         _require_one_thread()
         privileges.give_up(identity, max_files)
@@ -54,14 +55,16 @@ def confine(
         missing += _shared_with(role, identity)
         # Before the rules are made: what changes in between is noticed rather than missed.
         awaited = Awaited(reach.rules)
+        step = "Landlock"
         version = _apply_landlock(role, reach, missing)
         held = privileges.held_capabilities()
         if held:
             missing.append("the capability bounding set could not be emptied")
         no_new_privs = privileges.has_no_new_privs()
+        step = "system call filter"
         kind = _apply_seccomp(role, missing)
     except OSError as error:
-        raise ConfinementError(error.strerror or str(error)) from error
+        raise ConfinementError(f"{step}: {error.strerror or error}") from error
     report = Confined(
         uid=os.getuid(),
         no_new_privs=no_new_privs,

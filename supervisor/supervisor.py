@@ -301,8 +301,9 @@ class Supervisor:
             case m.Confined():
                 worker.was_confined(message)
             case m.NeedsRestart():
-                log.info("%s is restarted: %s", worker.slot, message.reason)
-                if worker.is_alive:
+                # Once: a repeated wish must not put off the end of the process.
+                if worker.state in (WorkerState.STARTING, WorkerState.READY):
+                    log.info("%s is restarted: %s", worker.slot, message.reason)
                     worker.comes_back = True
                     worker.order_stop(now, GRACE_SECONDS)
             case m.Ready():

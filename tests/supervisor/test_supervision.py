@@ -1,5 +1,6 @@
 """The supervisor with real forks, real channels and real signals; the workers are pretended."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -142,6 +143,20 @@ def test_proxy_that_needs_a_restart_gets_it_and_it_is_no_crash(directory, marker
         run.wait_for(lambda _found: "proxy-0 is restarted: /home/a/.tsh is new" in run.log)
         found = run.wait_until_healthy()
         assert all(worker.restarts == 0 for worker in found.workers)
+
+
+def test_wish_for_a_restart_does_not_put_off_the_end(directory, monkeypatch):
+    monkeypatch.setattr(loop, "GRACE_SECONDS", 0.5)
+
+    async def wish_for_ever(runtime):
+        runtime.ready()
+        while True:
+            runtime.send(m.NeedsRestart(reason="again"))
+            await asyncio.sleep(0.05)
+
+    with supervised_run(directory, proxy_0=wish_for_ever) as run:
+        run.wait_for(lambda _found: "proxy-0 is killed: it did not end in time" in run.log)
+        assert run.worker("proxy-1").state is WorkerState.READY
 
 
 def test_all_can_be_restarted_at_once(directory):

@@ -7,8 +7,9 @@ from ipaddress import IPv6Address
 import psutil
 
 from ipc.addresses import as_text
-from ipc.messages import ClustersReported, Network
+from ipc.messages import Network
 from supervisor import status
+from supervisor.clusters import ClusterView
 from supervisor.network import dns_addresses
 from supervisor.run import ObservedRun
 from supervisor.settings import version
@@ -100,7 +101,7 @@ class StatusReporter:
         )
 
 
-def _other_reasons(supervisor: ObservedRun, report: ClustersReported | None) -> list[str]:
+def _other_reasons(supervisor: ObservedRun, report: ClusterView | None) -> list[str]:
     reasons = list(supervisor.range_problems)
     if report is not None and report.problem:
         reasons.append(report.problem)
@@ -126,7 +127,7 @@ def _network(network: Network, zones: Sequence[str]) -> status.NetworkStatus:
     )
 
 
-def _clusters(report: ClustersReported | None) -> list[status.ClusterStatus]:
+def _clusters(report: ClusterView | None) -> list[status.ClusterStatus]:
     return [
         status.ClusterStatus(
             name=cluster.name,

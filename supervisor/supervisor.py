@@ -19,7 +19,10 @@ from pathlib import Path
 import msgspec
 
 from ipc import messages as m
+from ipc.cluster_report import Assembly, ReportOrderError
 from supervisor import clusters, configure, network, places, privileges
+from supervisor.cluster_memory import ClusterMemory
+from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
 from supervisor.configure import Surroundings
 from supervisor.control import ControlSocket
@@ -53,12 +56,13 @@ class Supervisor:
         self.settings = settings
         self.workers: dict[str, Worker] = {}
         self.zones: list[str] = []
-        self.reports: dict[str, m.ClustersReported] = {}
+        self.reports: dict[str, ClusterView] = {}
         self.range_problems: list[str] = []
         self.were_ready = False
         self.started_at = time.monotonic()
         # Counters of worker processes that have ended, so that totals never fall.
         self.past_counters: dict[str, int] = {}
+        self._assemblies: dict[str, Assembly] = {}
         self._known_clusters: list[m.Cluster] = []
         self._log_handler = log_handler
         self._selector = selectors.DefaultSelector()
@@ -110,9 +114,10 @@ class Supervisor:
         self._log_level = message.level
         self._broadcast(message, set(self.workers))
 
-    def cluster_report(self) -> m.ClustersReported | None:
-        """What the first proxy that has spoken says of the clusters; all proxies see the same."""
-        return next((self.reports[slot] for slot in sorted(self.reports)), None)
+    def cluster_report(self) -> ClusterView | None:
+        """What the proxies that have spoken say of the clusters."""
+        views = [self.reports[slot] for slot in sorted(self.reports)]
+        return clusters.combine(views) if views else None
 
     # -- set-up --
 
@@ -128,6 +133,14 @@ class Supervisor:
         user_state = places.make_state_directory(
             settings.state_dir, settings.user, change_owner=is_root
         )
+        self._cluster_memory = ClusterMemory(
+            settings.state_dir / f"clusters-{settings.user.name}.json"
+        )
+        self._known_clusters = self._cluster_memory.read()
+        if config.teleport.insecure:
+            log.warning(
+                "teleport.insecure is set: the certificates of Teleport proxies are not verified"
+            )
         prefix = places.ipv6_prefix(settings.state_dir) if self._wants_ipv6() else None
         plan = network.plan(config.network, prefix)
         self._data_plane = NamespaceDataPlane(plan)
@@ -144,6 +157,7 @@ class Supervisor:
             keys=configure.make_keys(config.proxy.workers),
             bus_dir=run_directory.make_bus(group),
             book_path=user_state / "book.sqlite",
+            prompts_dir=run_directory.make_prompts(settings.user, change_owner=is_root),
         )
         self._make_workers(group)
         self._control = ControlSocket(
@@ -270,6 +284,7 @@ class Supervisor:
             self._remember(worker.counters)
             worker.counters = {}
             self.reports.pop(slot, None)
+            self._assemblies.pop(slot, None)
 
     def _remember(self, counters: dict[str, int]) -> None:
         for name, value in counters.items():
@@ -299,6 +314,7 @@ class Supervisor:
     def _use_nameservers(self) -> None:
         self._around = dataclasses.replace(self._around, upstream=self._nameservers.upstream)
         self._broadcast(m.UpstreamChanged(upstream=self._around.upstream), {"dns"})
+        self._follow_clusters()  # a range may cover the new ones
 
     # -- what workers say --
 
@@ -314,9 +330,7 @@ class Supervisor:
             case m.CloseListener():
                 self._listeners.close(worker.slot, message.address, message.port)
             case m.ClustersReported():
-                if self.reports.get(worker.slot) != message:
-                    self.reports[worker.slot] = message
-                    self._follow_clusters()
+                self._hear_of_clusters(worker, message)
             case m.PeerMisbehaved():
                 self._replace_accused(worker, message)
             case _:
@@ -356,13 +370,34 @@ class Supervisor:
         else:
             worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
 
+    def _hear_of_clusters(self, worker: Worker, message: m.ClustersReported) -> None:
+        assembly = self._assemblies.setdefault(worker.slot, Assembly())
+        try:
+            found = assembly.take(message)
+        except ReportOrderError as error:
+            worker.kill(str(error))
+            return
+        if found is None:
+            return
+        before, view = self.reports.get(worker.slot), ClusterView(found, message.problem)
+        if before == view:
+            return
+        self.reports[worker.slot] = view
+        self._follow_clusters()
+        # For each proxy: one that has not noticed yet may answer dns as before.
+        if clusters.names_of(before) != clusters.names_of(view):
+            self._broadcast(m.NamesChanged(), {"dns"})
+
     def _follow_clusters(self) -> None:
         report = self.cluster_report()
         if report is None:
             return
         upstream = [server.address for server in self._nameservers.upstream]
         self._known_clusters = clusters.complete(report.clusters, self._known_clusters)
-        accepted = clusters.accept(self._known_clusters, self.network, upstream)
+        self._cluster_memory.write(self._known_clusters)
+        accepted = clusters.accept(
+            self._known_clusters, self.network, upstream, self._data_plane.host_addresses()
+        )
         self.zones = accepted.zones
         if accepted.problems != self.range_problems:
             self.range_problems = accepted.problems
@@ -372,15 +407,17 @@ class Supervisor:
             self._use_ranges(accepted.ranges)
 
     def _use_ranges(self, ranges: list[str]) -> None:
-        try:
-            self._data_plane.set_ranges(ranges)
-        except OSError as error:
-            # Tried again with the next report; until then its addresses lead nowhere.
-            log.error("the ranges %s cannot be routed: %s", ", ".join(ranges), error)
-            self.range_problems = [
-                *self.range_problems,
-                f"The ranges {', '.join(ranges)} cannot be routed ({error}): restart VNet.",
-            ]
+        failed = self._data_plane.set_ranges(ranges)
+        for text, error in failed.items():
+            # Tried again with the next report; until then its addresses would lead nowhere.
+            problem = (
+                f"The range {text} cannot be routed ({error.strerror}): another interface may have"
+                " it; change vnet_config, or stop the other program."
+            )
+            log.error("%s", problem)
+            self.range_problems = [*self.range_problems, problem]
+        ranges = [text for text in ranges if text not in failed]
+        if ranges == self.network.ranges:
             return
         changed = msgspec.structs.replace(self.network, ranges=ranges)
         self._around = dataclasses.replace(self._around, network=changed)

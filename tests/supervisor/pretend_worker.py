@@ -73,12 +73,16 @@ def crash_while(marker: Path) -> Behaviour:
     return behave
 
 
-def send_raw(*datagrams: bytes) -> Behaviour:
-    """Becomes ready, writes these to its channel and lives on."""
+def send_raw(*datagrams: bytes, after: Path | None = None) -> Behaviour:
+    """Becomes ready, writes these to its channel (once `after` is gone) and lives on."""
 
     async def behave(runtime: AnyRuntime) -> None:
+        if runtime.config.common.slot.startswith("proxy-"):
+            runtime.send(m.ClustersReported(clusters=[]))
         runtime.ready()
         await asyncio.sleep(0.05)
+        while after is not None and after.exists():
+            await asyncio.sleep(0.01)
         for datagram in datagrams:
             os.write(runtime._channel.fileno(), datagram)
         await runtime.stopping.wait()

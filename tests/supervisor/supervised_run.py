@@ -41,8 +41,12 @@ class NoDataPlane:
 
     dns_descriptors = tun_descriptors
 
-    def set_ranges(self, ranges: list[str]) -> None:
+    def set_ranges(self, ranges: list[str]) -> dict[str, OSError]:
         """All the same."""
+        return {}
+
+    def host_addresses(self) -> list[bytes]:
+        return []
 
     def close(self) -> None:
         os.close(self._null)

@@ -27,15 +27,10 @@ class StatusReporter:
         """The whole status; `pid` is the supervisor's."""
         supervisor = self._supervisor
         now = time.monotonic()
-        workers = [self._worker(worker, now) for worker in supervisor.workers.values()]
-        report = supervisor.cluster_report()
-        health, reasons = status.judge(
-            workers,
-            report.clusters if report else [],
-            clusters_are_known=report is not None,
-            were_ready=supervisor.were_ready,
-            other_reasons=_other_reasons(supervisor, report),
-        )
+        workers = [
+            _worker(worker, now, *self._measures(worker)) for worker in supervisor.workers.values()
+        ]
+        health, reasons = self._judge(workers)
         return status.Status(
             health=health,
             reasons=reasons,
@@ -47,32 +42,35 @@ class StatusReporter:
             ),
             workers=workers,
             network=_network(supervisor.network, supervisor.zones),
-            clusters=_clusters(report),
+            clusters=_clusters(supervisor.cluster_report()),
             connections=self._connections(),
         )
 
-    def _worker(self, worker: Worker, now: float) -> status.WorkerStatus:
-        process = self._process(worker.pid)
-        rss, cpu = None, None
-        if process is not None:
-            try:
-                rss = process.memory_info().rss
-                cpu = round(process.cpu_percent(), 1)
-            except (psutil.Error, OSError):
-                # It has ended meanwhile, or no descriptor is left to look.
-                rss, cpu = None, None
-        is_alive = worker.is_alive
-        return status.WorkerStatus(
-            name=worker.slot,
-            pid=worker.pid,
-            state=worker.state,
-            restarts=worker.restarts,
-            uptime_seconds=round(now - worker.started_at, 1) if is_alive else None,
-            heartbeat_age_seconds=round(now - worker.last_heartbeat, 1) if is_alive else None,
-            rss_bytes=rss,
-            cpu_percent=cpu,
-            last_exit=_last_exit(worker.last_exit),
+    def judge(self) -> tuple[status.Health, list[str]]:
+        """Health and reasons alone, without a look at any process."""
+        now = time.monotonic()
+        return self._judge([_worker(worker, now) for worker in self._supervisor.workers.values()])
+
+    def _judge(self, workers: list[status.WorkerStatus]) -> tuple[status.Health, list[str]]:
+        report = self._supervisor.cluster_report()
+        return status.judge(
+            workers,
+            report.clusters if report else [],
+            clusters_are_known=report is not None,
+            were_ready=self._supervisor.were_ready,
+            other_reasons=_other_reasons(self._supervisor, report),
         )
+
+    def _measures(self, worker: Worker) -> tuple[int | None, float | None]:
+        """Memory and share of a CPU, while there is a process."""
+        process = self._process(worker.pid)
+        if process is None:
+            return None, None
+        try:
+            return process.memory_info().rss, round(process.cpu_percent(), 1)
+        except (psutil.Error, OSError):
+            # It has ended meanwhile, or no descriptor is left to look.
+            return None, None
 
     def _process(self, pid: int | None) -> psutil.Process | None:
         alive = {worker.pid for worker in self._supervisor.workers.values()}
@@ -99,6 +97,23 @@ class StatusReporter:
             bytes_sent=total("bytes_sent"),
             bytes_received=total("bytes_received"),
         )
+
+
+def _worker(
+    worker: Worker, now: float, rss: int | None = None, cpu: float | None = None
+) -> status.WorkerStatus:
+    is_alive = worker.is_alive
+    return status.WorkerStatus(
+        name=worker.slot,
+        pid=worker.pid,
+        state=worker.state,
+        restarts=worker.restarts,
+        uptime_seconds=round(now - worker.started_at, 1) if is_alive else None,
+        heartbeat_age_seconds=round(now - worker.last_heartbeat, 1) if is_alive else None,
+        rss_bytes=rss,
+        cpu_percent=cpu,
+        last_exit=_last_exit(worker.last_exit),
+    )
 
 
 def _other_reasons(supervisor: ObservedRun, report: ClusterView | None) -> list[str]:

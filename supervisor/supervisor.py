@@ -8,6 +8,7 @@ work happens in the loop.
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import selectors
 import signal
@@ -29,8 +30,10 @@ from supervisor.control import ControlSocket
 from supervisor.dataplane import NamespaceDataPlane
 from supervisor.listeners import ListenerRefusedError, Listeners
 from supervisor.nameservers import Nameservers
+from supervisor.notify import Notifier, watchdog_seconds
 from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits
+from supervisor.service_link import ServiceLink
 from supervisor.settings import Settings
 from supervisor.worker import Worker
 from supervisor.worker_states import WorkerState
@@ -45,6 +48,8 @@ TICK_SECONDS = 0.5
 START_SECONDS = 30.0
 # How long workers may take to end before they are killed.
 GRACE_SECONDS = 3.0
+# Refused listeners of one worker are told this often at most.
+WARN_SECONDS = 1.0
 # Listening sockets of all proxies: descriptors and kernel memory.
 MAX_LISTENERS = 16384
 
@@ -52,7 +57,9 @@ MAX_LISTENERS = 16384
 class Supervisor:
     """One run of VNet; `run` returns when it was told to stop."""
 
-    def __init__(self, settings: Settings, log_handler: logging.Handler) -> None:
+    def __init__(
+        self, settings: Settings, log_handler: logging.Handler, notifier: Notifier | None = None
+    ) -> None:
         self.settings = settings
         self.workers: dict[str, Worker] = {}
         self.zones: list[str] = []
@@ -63,6 +70,8 @@ class Supervisor:
         # Counters of worker processes that have ended, so that totals never fall.
         self.past_counters: dict[str, int] = {}
         self._assemblies: dict[str, Assembly] = {}
+        # Monotonic seconds of the latest warning about a listener, by slot.
+        self._warned_at: dict[str, float] = {}
         self._known_clusters: list[m.Cluster] = []
         self._log_handler = log_handler
         self._selector = selectors.DefaultSelector()
@@ -70,6 +79,11 @@ class Supervisor:
         self._stop_is_ordered = False
         self._reload_is_ordered = False
         self._commands = Commands(self)
+        self._service = ServiceLink(
+            notifier or Notifier({}),
+            watchdog_seconds(os.environ, os.getpid()),
+            self._commands.judge,
+        )
 
     @property
     def network(self) -> m.Network:
@@ -88,6 +102,7 @@ class Supervisor:
                 self._start(worker)
             while not self._stop_is_ordered:
                 self._turn(TICK_SECONDS)
+            self._service.stopping()
             log.info("VNet stops")
 
     # -- what commands and signals ask for --
@@ -236,12 +251,17 @@ class Supervisor:
         self._control.drop_silent(now)
         if self._reload_is_ordered:
             self._reload_is_ordered = False
+            self._service.reloading()
             log.info("%s", self._commands.reload())
         if self._nameservers.has_changed(now):
             self._use_nameservers()
+        if not self._stop_is_ordered:
+            are_well = not any(w.is_unkillable(now) for w in self.workers.values())
+            self._service.tick(now, are_well=are_well)
 
     def _timeout(self, longest: float) -> float:
         now = time.monotonic()
+        longest = min(longest, self._service.longest_sleep or longest)
         due = [w.restart_at - now for w in self.workers.values() if w.restart_at is not None]
         return max(0.0, min([longest, *due]))
 
@@ -364,11 +384,18 @@ class Supervisor:
         try:
             descriptor = self._listeners.open(worker.slot, self.network, address, port)
         except ListenerRefusedError as error:
-            log.warning("%s gets no listener on port %d: %s", worker.slot, port, error)
+            self._warn_of_listener(worker.slot, port, str(error))
             reason = str(error)[:500]
             worker.send(m.ListenerRefused(address=address, port=port, reason=reason))
         else:
             worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
+
+    def _warn_of_listener(self, slot: str, port: int, why: str) -> None:
+        # A worker that asks for nonsense by the thousand must not fill the log as well.
+        now = time.monotonic()
+        if now - self._warned_at.get(slot, -math.inf) >= WARN_SECONDS:
+            self._warned_at[slot] = now
+            log.warning("%s gets no listener on port %d: %s", slot, port, why)
 
     def _hear_of_clusters(self, worker: Worker, message: m.ClustersReported) -> None:
         assembly = self._assemblies.setdefault(worker.slot, Assembly())

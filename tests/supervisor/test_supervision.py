@@ -237,7 +237,9 @@ def test_flood_of_a_worker_does_not_keep_the_supervisor_from_answering(directory
         others = [worker for worker in found.workers if worker.name != "proxy-0"]
         assert {worker.state for worker in others} == {WorkerState.READY}
         assert sum(worker.restarts for worker in others) == 0
-        assert run.log.count("proxy-0 is killed: it floods its channel") == 4
+        # Whichever limit is met first: it says too much, reads nothing, and sends no heartbeat.
+        assert run.log.count("proxy-0 is killed: ") == 4
+        assert run.log.count("gets no listener") < 100
 
 
 def test_dns_is_told_by_each_proxy_that_names_may_have_changed(directory, marker):

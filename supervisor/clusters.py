@@ -60,17 +60,17 @@ def combine(views: Sequence[ClusterView]) -> ClusterView:
     """What the proxies say together: as the first has it, but a cluster is well only if all say so.
 
     Each proxy has connections of its own and notices a failure when it asks something, which the
-    others may not do for minutes. What is said of another login does not count.
+    others may not do for minutes; a new login is taken over by one before the others.
     """
     first, *others = views
-    failing: dict[tuple[str | None, ...], Cluster] = {}
+    failing: dict[tuple[str, str], Cluster] = {}
     for view in others:
         for cluster in view.clusters:
             if cluster.state is not ClusterState.OK:
-                failing.setdefault(_login_of(cluster), cluster)
+                failing.setdefault((cluster.profile, cluster.name), cluster)
     combined = []
     for cluster in first.clusters:
-        worse = failing.get(_login_of(cluster))
+        worse = failing.get((cluster.profile, cluster.name))
         if cluster.state is ClusterState.OK and worse is not None:
             combined.append(
                 msgspec.structs.replace(cluster, state=worse.state, problem=worse.problem)
@@ -78,10 +78,6 @@ def combine(views: Sequence[ClusterView]) -> ClusterView:
         else:
             combined.append(cluster)
     return ClusterView(combined, first.problem)
-
-
-def _login_of(cluster: Cluster) -> tuple[str | None, ...]:
-    return cluster.profile, cluster.name, cluster.user, cluster.expires
 
 
 def complete(clusters: Sequence[Cluster], known: Sequence[Cluster]) -> list[Cluster]:

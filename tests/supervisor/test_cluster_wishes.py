@@ -196,10 +196,3 @@ def test_a_cluster_is_well_only_if_it_is_for_every_proxy():
         assert sorted(c.state for c in found.clusters) == ["ok", "unreachable"]
         assert [c.problem for c in found.clusters if c.problem] == [failing.problem]
     assert clusters.combine([first, clusters.ClusterView([], "")]) == first
-
-
-@pytest.mark.parametrize("change", [{"user": "bob"}, {"expires": "2027-01-01T00:00:00Z"}])
-def test_what_another_proxy_says_of_another_login_does_not_count(change):
-    earlier = report(state=ClusterState.LOGIN_EXPIRED, problem="run tsh login", **change)
-    views = [clusters.ClusterView([one], "") for one in (report(), earlier)]
-    assert clusters.combine(views) == views[0]

@@ -178,21 +178,6 @@ def test_a_logout_cuts_connections_at_once(vnet):
     wait_until(lambda: "cuts connections: 1" in bed.log(), "a log line")
 
 
-def test_an_expired_login_refuses_at_once_and_recovers_with_the_next(vnet):
-    bed = vnet
-    address = bed.resolve(APP, server=SERVER)[0]
-    with bed.faults("expire_login"):
-        wait_until(lambda: "tsh login" in reasons(bed), "the status says what to do")
-        assert bed.health() == "degraded"
-        assert [c["state"] for c in bed.status()["clusters"]] == ["login_expired"]
-        assert bed.seconds_until_refused(address, 7) < AT_ONCE_SECONDS
-        assert bed.resolve(APP, server=SERVER) == [address]
-        assert_foreign_names_are_forwarded(bed)
-    bed.wait_for_health("healthy")
-    wait_until(lambda: echo_works(bed), "the app works again")
-    assert bed.resolve(APP, server=SERVER) == [address]
-
-
 def restart_all(bed: Bed) -> None:
     before = {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
     bed.output("vnet", "restart", "all")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,8 @@ class SupervisedRun:
         if self.pid == 0:
             try:
                 self._live()
+            except BaseException:  # noqa: BLE001  # the log is shown when the test fails
+                traceback.print_exc()
             finally:
                 os._exit(99)
 

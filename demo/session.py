@@ -1,6 +1,6 @@
 """`vnet demo`: an embedded cluster, a complete VNet and a command, in a private network.
 
-127.0.0.54:53     upstream DNS, for the names of the proxies
+127.0.0.54:53     upstream DNS, for the names of the proxies and of web apps, which proxies show
 127.0.1.1, .2 ..  one address for each proxy
 vnet0             VNet, started like any user would start it
 """
@@ -31,6 +31,7 @@ from demo import linux, upstream_dns
 from demo.cluster.config import ClusterFile, default_clusters, parse_cluster_file
 from demo.cluster.errors import EmbeddedClusterError
 from demo.cluster.server import EmbeddedCluster, run_demo_cluster
+from demo.cluster.web import web_apps
 from demo.errors import DemoError
 from demo.private_network import (
     CANNOT_SET_UP,
@@ -141,6 +142,19 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def upstream_names(clusters: ClusterFile, addresses: Mapping[str, str]) -> dict[str, str]:
+    """What the upstream DNS server knows: names of proxies, and of web apps, which are there too.
+
+    `addresses` are those of the proxies by name of their cluster.
+    """
+    found: dict[str, str] = {}
+    for root in clusters.roots:
+        leaves = (cluster for cluster in clusters.clusters if cluster.leaf_of == root.name)
+        names = (root.proxy_host.lower(), *web_apps(root, leaves))
+        found |= dict.fromkeys(names, addresses[root.name])
+    return found
+
+
 @dataclass(slots=True)
 class _Demo:
     """Process 1 of the demo's namespaces."""
@@ -232,7 +246,7 @@ class _Demo:
 
     async def _serve(self, pipe: TextIO) -> None:
         addresses = self._proxy_addresses()
-        names = {root.proxy_host: addresses[root.name] for root in self.clusters.roots}
+        names = upstream_names(self.clusters, addresses)
 
         def started(_cluster: EmbeddedCluster) -> None:
             pipe.write("ready\n")

@@ -46,7 +46,7 @@ class Refusal(StrEnum):
     """Why a connection was not admitted; the program sees "connection refused" for all."""
 
     UNKNOWN_ADDRESS = "unknown_address"  # no name was ever given this address
-    UNKNOWN_APP = "unknown_app"  # the name stands for no app any more
+    UNKNOWN_APP = "unknown_app"  # the name stands for no app, or for none any more
     PORT_NOT_ALLOWED = "port_not_allowed"  # not in the app's tcp_ports
     NOT_LOGGED_IN = "not_logged_in"  # no profile, or the login has expired
     CERTIFICATE_REFUSED = "certificate_refused"  # the cluster issued no certificate
@@ -99,6 +99,7 @@ class NameOutcome(StrEnum):
 
     ADDRESS = "address"  # VNet's: answer with the address
     NOT_OURS = "not_ours"  # forward upstream
+    NO_SUCH_NAME = "no_such_name"  # ours, and nothing has it: NXDOMAIN
     RANGE_FULL = "range_full"  # ours, but no address is left: SERVFAIL
     FAILED = "failed"  # could not be found out: SERVFAIL
 
@@ -114,7 +115,8 @@ class NameResolved(Message, frozen=True, tag=True):
     """Answer to ResolveName. `ipv4` is set exactly for ADDRESS.
 
     The IPv6 address is not sent: it is the prefix followed by the IPv4 address (see
-    `ipc.addresses.ipv6_twin`). `valid_seconds` says how long dns may reuse this answer.
+    `ipc.addresses.ipv6_twin`). `valid_seconds` says how long dns may reuse this answer: an address
+    for the name in any spelling, everything else for this spelling alone.
     """
 
     request_id: Id
@@ -213,9 +215,11 @@ class ConfigureProxy(Message, frozen=True, tag=True):
     teleport_home: str
     user_home: str
     book_path: str
+    prompts_dir: str  # of the sockets for `vnet mfa`
     max_connections: int
     ca_file: str
     insecure: bool
+    mfa_seconds: float  # that a user has for a second factor
 
 
 class NetworkChanged(Message, frozen=True, tag=True):
@@ -228,6 +232,10 @@ class UpstreamChanged(Message, frozen=True, tag=True):
     """The operating system's nameservers changed."""
 
     upstream: list[Upstream]
+
+
+class NamesChanged(Message, frozen=True, tag=True):
+    """A login or a zone has come or gone: what dns remembers of names may be wrong."""
 
 
 class ListenerOpened(Message, frozen=True, tag=True):
@@ -352,6 +360,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     # Whether the cluster itself has said so; otherwise zones and ranges are what the login alone
     # tells, and those of an earlier report still hold.
     is_configured: bool = True
+    # Where the proxy is, as far as it was looked up: no range may cover it.
+    proxy_addresses: Annotated[list[PackedAddress], Meta(max_length=32)] = []
     # What is wrong and what to do, for `vnet status`; empty when state is ok.
     problem: SafeText = ""
 
@@ -360,10 +370,13 @@ class ClustersReported(Message, frozen=True, tag=True):
     """All clusters of all profiles, sent after Ready and whenever something changed.
 
     An empty list with a `problem` says why there is none ("no profile in /home/alice/.tsh ...").
+    What does not fit into one message comes as several, `part` counting from 0 (`ipc.cluster_report`).
     """
 
     clusters: Annotated[list[Cluster], Meta(max_length=1000)]
     problem: SafeText = ""
+    part: Annotated[int, Meta(ge=0, le=99)] = 0
+    parts: Annotated[int, Meta(ge=1, le=100)] = 1
 
 
 TunToProxy: TypeAlias = DialRequest | DialAbandoned
@@ -376,6 +389,7 @@ SupervisorToWorker: TypeAlias = (
     | ConfigureProxy
     | NetworkChanged
     | UpstreamChanged
+    | NamesChanged
     | ListenerOpened
     | ListenerRefused
     | SetLogLevel

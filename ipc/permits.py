@@ -38,7 +38,14 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
         {m.ConfigureTun, m.NetworkChanged, m.SetLogLevel, m.Stop}
     ),
     (Role.SUPERVISOR, Role.DNS): frozenset(
-        {m.ConfigureDns, m.NetworkChanged, m.UpstreamChanged, m.SetLogLevel, m.Stop}
+        {
+            m.ConfigureDns,
+            m.NetworkChanged,
+            m.UpstreamChanged,
+            m.NamesChanged,
+            m.SetLogLevel,
+            m.Stop,
+        }
     ),
     (Role.SUPERVISOR, Role.PROXY): frozenset(
         {

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from ipc.messages import Cluster, Network
+from ipc.messages import Cluster, ClusterState, Network
 from supervisor.config import is_usable_range
 
 # RFC 1035 section 2.3.1 with underscores, which the DNS itself allows (RFC 2181 section 11).
@@ -23,8 +23,20 @@ SHORTEST_PREFIX: Final = 8
 MAX_RANGES: Final = 64
 # Zones of all clusters together; each is shown, and becomes a setting of the system's resolver.
 MAX_ZONES: Final = 1000
+# With another state there is no login, and what its cluster wanted is over.
+_LOGGED_IN: Final = frozenset(
+    {ClusterState.OK, ClusterState.UNREACHABLE, ClusterState.LOGIN_EXPIRED}
+)
 # More than these are counted: whoever sends a thousand wrong ones is no cluster.
 MAX_PROBLEMS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """What one proxy has said of all clusters; `problem` as in ClustersReported."""
+
+    clusters: list[Cluster]
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,33 +48,89 @@ class Accepted:
     problems: list[str]
 
 
+def names_of(view: ClusterView | None) -> frozenset[object]:
+    """What decides whose a name is. While it is the same, answers may be given again."""
+    return frozenset(
+        (c.profile, c.name, c.user, c.state in _LOGGED_IN, c.is_configured, *c.zones)
+        for c in (view.clusters if view else [])
+    )
+
+
+def combine(views: Sequence[ClusterView]) -> ClusterView:
+    """What the proxies say together: as the first has it, but a cluster is well only if all say so.
+
+    Each proxy has connections of its own and notices a failure when it asks something, which the
+    others may not do for minutes; a new login is taken over by one before the others.
+    """
+    first, *others = views
+    failing: dict[tuple[str, str], Cluster] = {}
+    for view in others:
+        for cluster in view.clusters:
+            if cluster.state is not ClusterState.OK:
+                failing.setdefault((cluster.profile, cluster.name), cluster)
+    combined = []
+    for cluster in first.clusters:
+        worse = failing.get((cluster.profile, cluster.name))
+        if cluster.state is ClusterState.OK and worse is not None:
+            combined.append(
+                msgspec.structs.replace(cluster, state=worse.state, problem=worse.problem)
+            )
+        else:
+            combined.append(cluster)
+    return ClusterView(combined, first.problem)
+
+
 def complete(clusters: Sequence[Cluster], known: Sequence[Cluster]) -> list[Cluster]:
     """The same clusters; of one that has not been asked yet, what `known` has of it.
 
     A proxy that was just started knows only the logins. Routes and zones must not vanish until its
-    clusters have answered, least of all while they are down.
+    clusters have answered, least of all while they are down; nor must those of leaves, which only
+    their root can name.
     """
     earlier = {(c.profile, c.name): c for c in known if c.is_configured}
+    reported = {(c.profile, c.name) for c in clusters}
     completed = []
     for cluster in clusters:
         before = earlier.get((cluster.profile, cluster.name))
-        if before is not None and not cluster.is_configured:
-            completed.append(
-                msgspec.structs.replace(
-                    cluster, zones=before.zones, ranges=before.ranges, is_configured=True
-                )
-            )
-        else:
+        if cluster.is_configured or cluster.state not in _LOGGED_IN:
             completed.append(cluster)
+            continue
+        if before is not None:
+            cluster = msgspec.structs.replace(  # noqa: PLW2901  # the completed one from here on
+                cluster, zones=before.zones, ranges=before.ranges, is_configured=True
+            )
+        completed.append(cluster)
+        completed += [
+            leaf
+            for key, leaf in earlier.items()
+            if leaf.profile == cluster.profile
+            and leaf.leaf_of == cluster.name
+            and key not in reported
+        ]
     return completed
 
 
-def accept(clusters: Sequence[Cluster], network: Network, upstream: Sequence[bytes]) -> Accepted:
-    """Zones and ranges (VNet's own range first) to be used; `upstream` are packed addresses."""
+def accept(
+    clusters: Sequence[Cluster],
+    network: Network,
+    upstream: Sequence[bytes],
+    host: Sequence[bytes] = (),
+) -> Accepted:
+    """Zones and ranges (VNet's own range first) to be used.
+
+    `upstream` are the packed addresses of nameservers, `host` those of this machine and of its
+    default gateways.
+    """
     # Dicts, because the order counts and each is wanted once.
     zones: dict[str, None] = {}
     ranges = {network.ranges[0]: None}
     problems: dict[str, None] = {}
+    proxies = [address for cluster in clusters for address in cluster.proxy_addresses]
+    taken = [
+        *(("the nameserver", address) for address in upstream),
+        *(("the Teleport proxy", address) for address in proxies),
+        *(("the address or gateway of this machine,", address) for address in host),
+    ]
     for cluster in clusters:
         for zone in cluster.zones:
             reason = _objection_to_zone(zone)
@@ -71,7 +139,8 @@ def accept(clusters: Sequence[Cluster], network: Network, upstream: Sequence[byt
             else:
                 problems[_left_out(f"zone {zone!r}", cluster, reason)] = None
         for text in cluster.ranges:
-            reason = objection(text, upstream)
+            # VNet's own range was chosen by this machine's administrator.
+            reason = None if text in ranges else objection(text, taken)
             plain = str(IPv4Network(text)) if reason is None else text
             if reason is None and (plain in ranges or len(ranges) < MAX_RANGES):
                 ranges[plain] = None
@@ -101,8 +170,8 @@ def is_zone(text: str) -> bool:
     return len(labels) >= 2 and len(text) <= 253 and all(map(_LABEL.fullmatch, labels))
 
 
-def objection(text: str, upstream: Sequence[bytes]) -> str | None:
-    """Why this range is not used, or None."""
+def objection(text: str, taken: Sequence[tuple[str, bytes]]) -> str | None:
+    """Why this range is not used, or None. `taken`: what must stay reachable, packed, and where."""
     try:
         if not is_usable_range(text):
             return "it is too small or of a special kind"
@@ -111,8 +180,8 @@ def objection(text: str, upstream: Sequence[bytes]) -> str | None:
     network = IPv4Network(text)
     if network.prefixlen < SHORTEST_PREFIX:
         return f"it is larger than a /{SHORTEST_PREFIX}"
-    for packed in upstream:
+    for what, packed in taken:
         address = ip_address(packed)
         if address.version == 4 and address in network:
-            return f"it contains the nameserver {address}"
+            return f"it contains {what} {address}"
     return None

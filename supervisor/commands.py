@@ -11,7 +11,7 @@ from supervisor import config
 from supervisor import control_messages as cm
 from supervisor.exits import ExitStatus, MisconfiguredError
 from supervisor.run import Run
-from supervisor.status import Summary
+from supervisor.status import Health, Summary
 from supervisor.status_report import StatusReporter
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ class Commands:
                 f"only root and {self._supervisor.settings.user.name} may do that",
             )
         return self._carry_out(request)
+
+    def judge(self) -> tuple[Health, list[str]]:
+        """Health and its reasons now."""
+        return self._reporter.judge()
 
     def reload(self) -> str:
         """Reads the configuration again; says what is in force now and what needs a restart."""

@@ -59,10 +59,11 @@ class ProxyConfig(_Section, frozen=True):
 
 
 class TeleportConfig(_Section, frozen=True):
-    """Trust for the web certificates of proxies."""
+    """Trust for the web certificates of proxies, and how long a user has for a second factor."""
 
     ca_file: str = ""
     insecure: bool = False
+    mfa_seconds: float = 110
 
 
 class SupervisorConfig(_Section, frozen=True):
@@ -206,6 +207,13 @@ def _checks(config: Config) -> Iterator[_Check]:
     ):
         # Relative to what? The supervisor is started from anywhere.
         yield name, path, lambda text: not text or text[0] in "~/", "must be an absolute path"
+    # Linux repeats a SYN for 127 s; what comes after the answer takes its time too.
+    yield (
+        "teleport.mfa_seconds",
+        config.teleport.mfa_seconds,
+        _between(5, 110),
+        "must be 5 to 110",
+    )
     yield "dns.ttl_seconds", dns.ttl_seconds, _between(0, 86400), "must be 0 to 86400"
     yield "proxy.workers", proxy.workers, _between(1, 64), "must be 1 to 64"
     yield (

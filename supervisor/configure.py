@@ -10,8 +10,10 @@ from supervisor.settings import Settings
 
 # Held SYNs: more programs than this do not connect at the same moment.
 MAX_PENDING = 1024
-# How long a connect may wait for certificate and dial; programs give up after 30 s to 2 min.
-PENDING_SECONDS = 30.0
+# How long a connect may wait for certificate and dial. A certificate may take a second factor, which
+# a person has at most 110 s to give (`supervisor.config`); Linux repeats a SYN for 127 s. Without a person everything has shorter
+# limits of its own (`workers.proxy.admission`).
+PENDING_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Surroundings:
     keys: dict[str, m.BusKeys]
     bus_dir: Path
     book_path: Path
+    prompts_dir: Path
 
 
 def slots(proxies: int) -> list[str]:
@@ -79,7 +82,14 @@ def configuration(
                 teleport_home=str(settings.teleport_home),
                 user_home=str(settings.user.home),
                 book_path=str(around.book_path),
+                prompts_dir=str(around.prompts_dir),
                 max_connections=-(-config.proxy.max_connections // config.proxy.workers),
-                ca_file=config.teleport.ca_file,
+                ca_file=expand(config.teleport.ca_file, settings.user.home),
                 insecure=config.teleport.insecure,
+                mfa_seconds=config.teleport.mfa_seconds,
             )
+
+
+def expand(path: str, home: Path) -> str:
+    """A path of the configuration, `~/` being the VNet user's."""
+    return str(home / path[2:]) if path.startswith("~/") else path

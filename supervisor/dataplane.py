@@ -10,6 +10,7 @@ so a proxy accepts on virtual addresses and dials from the host's network.
 """
 
 import contextlib
+import logging
 import os
 import socket
 from typing import Protocol
@@ -23,6 +24,8 @@ from supervisor.devices import Links
 from supervisor.exits import ConflictError, NotPermittedError, StartupError
 from supervisor.namespace import inside, make_network_namespace
 from supervisor.network import dns_addresses, ipv6_range
+
+log = logging.getLogger(__name__)
 
 INNER_NAME = "vnet-inner"
 DNS_PORT = 53
@@ -54,8 +57,12 @@ class DataPlane(Protocol):
         """A listening TCP socket on a virtual address. Raises OSError."""
         ...
 
-    def set_ranges(self, ranges: list[str]) -> None:
-        """Routes exactly these IPv4 ranges. Raises OSError."""
+    def set_ranges(self, ranges: list[str]) -> dict[str, OSError]:
+        """Routes exactly these IPv4 ranges; returns those that could not be, and why."""
+        ...
+
+    def host_addresses(self) -> list[bytes]:
+        """Packed addresses of this machine, VNet's own left out, and of its default gateways."""
         ...
 
     def close(self) -> None:
@@ -105,16 +112,36 @@ class NamespaceDataPlane:
             raise
         return listener
 
-    def set_ranges(self, ranges: list[str]) -> None:
+    def set_ranges(self, ranges: list[str]) -> dict[str, OSError]:
         name, source = self._network.interface, self._network.tun_ipv4
         for gone in [old for old in self._ranges if old not in ranges]:
             self._outer_links.remove_route(name, gone)
             self._inner_links.remove_local(gone)
             self._ranges.remove(gone)
+        failed: dict[str, OSError] = {}
         for new in [wanted for wanted in ranges if wanted not in self._ranges]:
-            self._inner_links.add_local(new)
-            self._outer_links.add_route(name, new, source)
-            self._ranges.append(new)
+            try:
+                self._inner_links.add_local(new)
+                self._outer_links.add_route(name, new, source)
+            except OSError as error:
+                failed[new] = error
+            else:
+                self._ranges.append(new)
+        return failed
+
+    def host_addresses(self) -> list[bytes]:
+        own = {
+            self._network.tun_ipv4,
+            self._network.dns_ipv4,
+            self._network.tun_ipv6,
+            self._network.dns_ipv6,
+        }
+        try:
+            found = self._outer_links.addresses() | self._outer_links.gateways()
+        except OSError as error:
+            log.warning("this machine's addresses cannot be read: %s", error)
+            return []
+        return sorted(found - own)
 
     def close(self) -> None:
         self._closing.close()
@@ -136,13 +163,12 @@ class NamespaceDataPlane:
             self._inner = self._own_device(INNER_NAME)
             self._set_up_inner()
         self._set_up_outer()
-        try:
-            self.set_ranges(self._network.ranges)
-        except FileExistsError as error:
-            raise ConflictError(
-                f"the range {self._network.ranges[0]} is routed to another interface: set"
-                " network.ipv4_cidr_range"
-            ) from error
+        for text, reason in self.set_ranges(self._network.ranges).items():
+            if isinstance(reason, FileExistsError):
+                raise ConflictError(
+                    f"the range {text} is routed to another interface: set network.ipv4_cidr_range"
+                ) from reason
+            raise reason
 
     def _own_links(self) -> Links:
         links = Links()

@@ -89,6 +89,13 @@ class Links:
             found = [message.get_attr("IFA_ADDRESS") for message in self._netlink.get_addr()]
         return {ip_network(text).network_address.packed for text in found if text}
 
+    def gateways(self) -> set[bytes]:
+        """Packed addresses of the default routes' gateways."""
+        with _translated():
+            routes = list(self._netlink.get_default_routes())
+        found = [route.get_attr("RTA_GATEWAY") for route in routes]
+        return {ip_network(text).network_address.packed for text in found if text}
+
     def bring_up(self, name: str, mtu: int | None = None) -> None:
         index = self._index(name)
         options = {} if mtu is None else {"mtu": mtu}

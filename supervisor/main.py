@@ -11,6 +11,7 @@ from pathlib import Path
 
 from supervisor import config, logs, settings
 from supervisor.exits import ExitStatus, MisconfiguredError, StartupError
+from supervisor.notify import Notifier
 from supervisor.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,9 @@ def _run(flags: argparse.Namespace) -> ExitStatus:
     # Only a run needs netlink, TUN and psutil; --help and --check-config do without.
     from supervisor.supervisor import Supervisor  # noqa: PLC0415
 
+    notifier = Notifier(os.environ)
     try:
-        Supervisor(chosen, handler).run()
+        Supervisor(chosen, handler, notifier).run()
     except StartupError:
         raise
     except Exception:  # the outermost frame of the process

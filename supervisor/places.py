@@ -8,6 +8,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from ipc.prompts import PROMPTS_DIRECTORY
 from supervisor.exits import (
     ConflictError,
     MisconfiguredError,
@@ -17,12 +18,12 @@ from supervisor.exits import (
 from supervisor.network import PREFIX_RANDOM_BYTES, ula_prefix
 from supervisor.settings import User
 
-# unix(7): a socket's path has 107 bytes, and "/bus/proxy-63" comes after the directory.
-MAX_PATH_BYTES = 107 - 13
+# unix(7): a socket's path has 107 bytes, and "/mfa/proxy-63.sock" comes after the directory.
+MAX_PATH_BYTES = 107 - 18
 
 
 class RunDirectory:
-    """`<run dir>`: lock, control socket, bus sockets. Made by `open`, emptied by `close`."""
+    """`<run dir>`: lock, control socket, sockets of the workers. `close` empties it."""
 
     def __init__(self, path: Path) -> None:
         """Takes the lock.
@@ -72,9 +73,19 @@ class RunDirectory:
             bus.chmod(0o2710)
         return bus
 
+    def make_prompts(self, user: User, *, change_owner: bool) -> Path:
+        """An empty directory, the VNet user's own, where proxies meet `vnet mfa`."""
+        prompts = self.path / PROMPTS_DIRECTORY
+        shutil.rmtree(prompts, ignore_errors=True)
+        prompts.mkdir(mode=0o700)
+        if change_owner:
+            os.chown(prompts, user.uid, user.gid, follow_symlinks=False)
+        return prompts
+
     def close(self) -> None:
         """Removes what the run made and gives the lock back."""
-        shutil.rmtree(self.path / "bus", ignore_errors=True)
+        for name in ("bus", PROMPTS_DIRECTORY):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("control.sock", "lock"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from ipc.messages import ClustersReported, Network, SetLogLevel
+from ipc.messages import Network, SetLogLevel
+from supervisor.clusters import ClusterView
 from supervisor.settings import Settings
 from supervisor.worker import Worker
 
@@ -45,7 +46,7 @@ class ObservedRun(Protocol):
         """Totals of worker processes that have ended."""
         ...
 
-    def cluster_report(self) -> ClustersReported | None:
+    def cluster_report(self) -> ClusterView | None:
         """What is known of the clusters, or None while no proxy has spoken."""
         ...
 

@@ -7,8 +7,9 @@ from ipaddress import IPv6Address
 import psutil
 
 from ipc.addresses import as_text
-from ipc.messages import ClustersReported, Network
+from ipc.messages import Network
 from supervisor import status
+from supervisor.clusters import ClusterView
 from supervisor.network import dns_addresses
 from supervisor.run import ObservedRun
 from supervisor.settings import version
@@ -26,15 +27,10 @@ class StatusReporter:
         """The whole status; `pid` is the supervisor's."""
         supervisor = self._supervisor
         now = time.monotonic()
-        workers = [self._worker(worker, now) for worker in supervisor.workers.values()]
-        report = supervisor.cluster_report()
-        health, reasons = status.judge(
-            workers,
-            report.clusters if report else [],
-            clusters_are_known=report is not None,
-            were_ready=supervisor.were_ready,
-            other_reasons=_other_reasons(supervisor, report),
-        )
+        workers = [
+            _worker(worker, now, *self._measures(worker)) for worker in supervisor.workers.values()
+        ]
+        health, reasons = self._judge(workers)
         return status.Status(
             health=health,
             reasons=reasons,
@@ -46,33 +42,35 @@ class StatusReporter:
             ),
             workers=workers,
             network=_network(supervisor.network, supervisor.zones),
-            clusters=_clusters(report),
+            clusters=_clusters(supervisor.cluster_report()),
             connections=self._connections(),
         )
 
-    def _worker(self, worker: Worker, now: float) -> status.WorkerStatus:
-        process = self._process(worker.pid)
-        rss, cpu = None, None
-        if process is not None:
-            try:
-                rss = process.memory_info().rss
-                cpu = round(process.cpu_percent(), 1)
-            except (psutil.Error, OSError):
-                # It has ended meanwhile, or no descriptor is left to look.
-                rss, cpu = None, None
-        is_alive = worker.is_alive
-        return status.WorkerStatus(
-            name=worker.slot,
-            pid=worker.pid,
-            state=worker.state,
-            restarts=worker.restarts,
-            uptime_seconds=round(now - worker.started_at, 1) if is_alive else None,
-            heartbeat_age_seconds=round(now - worker.last_heartbeat, 1) if is_alive else None,
-            rss_bytes=rss,
-            cpu_percent=cpu,
-            last_exit=_last_exit(worker.last_exit),
-            confinement=_confinement(worker),
+    def judge(self) -> tuple[status.Health, list[str]]:
+        """Health and reasons alone, without a look at any process."""
+        now = time.monotonic()
+        return self._judge([_worker(worker, now) for worker in self._supervisor.workers.values()])
+
+    def _judge(self, workers: list[status.WorkerStatus]) -> tuple[status.Health, list[str]]:
+        report = self._supervisor.cluster_report()
+        return status.judge(
+            workers,
+            report.clusters if report else [],
+            clusters_are_known=report is not None,
+            were_ready=self._supervisor.were_ready,
+            other_reasons=_other_reasons(self._supervisor, report),
         )
+
+    def _measures(self, worker: Worker) -> tuple[int | None, float | None]:
+        """Memory and share of a CPU, while there is a process."""
+        process = self._process(worker.pid)
+        if process is None:
+            return None, None
+        try:
+            return process.memory_info().rss, round(process.cpu_percent(), 1)
+        except (psutil.Error, OSError):
+            # It has ended meanwhile, or no descriptor is left to look.
+            return None, None
 
     def _process(self, pid: int | None) -> psutil.Process | None:
         alive = {worker.pid for worker in self._supervisor.workers.values()}
@@ -101,7 +99,25 @@ class StatusReporter:
         )
 
 
-def _other_reasons(supervisor: ObservedRun, report: ClustersReported | None) -> list[str]:
+def _worker(
+    worker: Worker, now: float, rss: int | None = None, cpu: float | None = None
+) -> status.WorkerStatus:
+    is_alive = worker.is_alive
+    return status.WorkerStatus(
+        name=worker.slot,
+        pid=worker.pid,
+        state=worker.state,
+        restarts=worker.restarts,
+        uptime_seconds=round(now - worker.started_at, 1) if is_alive else None,
+        heartbeat_age_seconds=round(now - worker.last_heartbeat, 1) if is_alive else None,
+        rss_bytes=rss,
+        cpu_percent=cpu,
+        last_exit=_last_exit(worker.last_exit),
+        confinement=_confinement(worker),
+    )
+
+
+def _other_reasons(supervisor: ObservedRun, report: ClusterView | None) -> list[str]:
     reasons = list(supervisor.range_problems)
     if report is not None and report.problem:
         reasons.append(report.problem)
@@ -127,7 +143,7 @@ def _network(network: Network, zones: Sequence[str]) -> status.NetworkStatus:
     )
 
 
-def _clusters(report: ClustersReported | None) -> list[status.ClusterStatus]:
+def _clusters(report: ClusterView | None) -> list[status.ClusterStatus]:
     return [
         status.ClusterStatus(
             name=cluster.name,

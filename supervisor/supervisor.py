@@ -8,6 +8,7 @@ work happens in the loop.
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import selectors
 import signal
@@ -19,7 +20,10 @@ from pathlib import Path
 import msgspec
 
 from ipc import messages as m
+from ipc.cluster_report import Assembly, ReportOrderError
 from supervisor import clusters, configure, network, places, privileges
+from supervisor.cluster_memory import ClusterMemory
+from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
 from supervisor.configure import Surroundings
 from supervisor.confinement import identities
@@ -28,7 +32,9 @@ from supervisor.control import ControlSocket
 from supervisor.dataplane import NamespaceDataPlane
 from supervisor.listeners import ListenerRefusedError, Listeners
 from supervisor.nameservers import Nameservers
+from supervisor.notify import Notifier, watchdog_seconds
 from supervisor.restart_policy import RestartLimits
+from supervisor.service_link import ServiceLink
 from supervisor.settings import Settings
 from supervisor.worker import Worker
 from supervisor.worker_states import WorkerState
@@ -41,6 +47,8 @@ TICK_SECONDS = 0.5
 START_SECONDS = 30.0
 # How long workers may take to end before they are killed.
 GRACE_SECONDS = 3.0
+# Refused listeners of one worker are told this often at most.
+WARN_SECONDS = 1.0
 # Listening sockets of all proxies: descriptors and kernel memory.
 MAX_LISTENERS = 16384
 
@@ -48,16 +56,21 @@ MAX_LISTENERS = 16384
 class Supervisor:
     """One run of VNet; `run` returns when it was told to stop."""
 
-    def __init__(self, settings: Settings, log_handler: logging.Handler) -> None:
+    def __init__(
+        self, settings: Settings, log_handler: logging.Handler, notifier: Notifier | None = None
+    ) -> None:
         self.settings = settings
         self.workers: dict[str, Worker] = {}
         self.zones: list[str] = []
-        self.reports: dict[str, m.ClustersReported] = {}
+        self.reports: dict[str, ClusterView] = {}
         self.range_problems: list[str] = []
         self.were_ready = False
         self.started_at = time.monotonic()
         # Counters of worker processes that have ended, so that totals never fall.
         self.past_counters: dict[str, int] = {}
+        self._assemblies: dict[str, Assembly] = {}
+        # Monotonic seconds of the latest warning about a listener, by slot.
+        self._warned_at: dict[str, float] = {}
         self._known_clusters: list[m.Cluster] = []
         self._log_handler = log_handler
         self._selector = selectors.DefaultSelector()
@@ -65,6 +78,11 @@ class Supervisor:
         self._stop_is_ordered = False
         self._reload_is_ordered = False
         self._commands = Commands(self)
+        self._service = ServiceLink(
+            notifier or Notifier({}),
+            watchdog_seconds(os.environ, os.getpid()),
+            self._commands.judge,
+        )
 
     @property
     def network(self) -> m.Network:
@@ -83,6 +101,7 @@ class Supervisor:
                 self._start(worker)
             while not self._stop_is_ordered:
                 self._turn(TICK_SECONDS)
+            self._service.stopping()
             log.info("VNet stops")
 
     # -- what commands and signals ask for --
@@ -109,9 +128,10 @@ class Supervisor:
         self._log_level = message.level
         self._broadcast(message, set(self.workers))
 
-    def cluster_report(self) -> m.ClustersReported | None:
-        """What the first proxy that has spoken says of the clusters; all proxies see the same."""
-        return next((self.reports[slot] for slot in sorted(self.reports)), None)
+    def cluster_report(self) -> ClusterView | None:
+        """What the proxies that have spoken say of the clusters."""
+        views = [self.reports[slot] for slot in sorted(self.reports)]
+        return clusters.combine(views) if views else None
 
     # -- set-up --
 
@@ -127,6 +147,14 @@ class Supervisor:
         user_state = places.make_state_directory(
             settings.state_dir, settings.user, change_owner=is_root
         )
+        self._cluster_memory = ClusterMemory(
+            settings.state_dir / f"clusters-{settings.user.name}.json"
+        )
+        self._known_clusters = self._cluster_memory.read()
+        if config.teleport.insecure:
+            log.warning(
+                "teleport.insecure is set: the certificates of Teleport proxies are not verified"
+            )
         prefix = places.ipv6_prefix(settings.state_dir) if self._wants_ipv6() else None
         plan = network.plan(config.network, prefix)
         self._data_plane = NamespaceDataPlane(plan)
@@ -143,6 +171,7 @@ class Supervisor:
             keys=configure.make_keys(config.proxy.workers),
             bus_dir=run_directory.make_bus(chosen.bus_group),
             book_path=user_state / "book.sqlite",
+            prompts_dir=run_directory.make_prompts(settings.user, change_owner=is_root),
         )
         self._make_workers(chosen)
         self._control = ControlSocket(
@@ -215,12 +244,17 @@ class Supervisor:
         self._control.drop_silent(now)
         if self._reload_is_ordered:
             self._reload_is_ordered = False
+            self._service.reloading()
             log.info("%s", self._commands.reload())
         if self._nameservers.has_changed(now):
             self._use_nameservers()
+        if not self._stop_is_ordered:
+            are_well = not any(w.is_unkillable(now) for w in self.workers.values())
+            self._service.tick(now, are_well=are_well)
 
     def _timeout(self, longest: float) -> float:
         now = time.monotonic()
+        longest = min(longest, self._service.longest_sleep or longest)
         due = [w.restart_at - now for w in self.workers.values() if w.restart_at is not None]
         return max(0.0, min([longest, *due]))
 
@@ -263,6 +297,7 @@ class Supervisor:
             self._remember(worker.counters)
             worker.counters = {}
             self.reports.pop(slot, None)
+            self._assemblies.pop(slot, None)
 
     def _remember(self, counters: dict[str, int]) -> None:
         for name, value in counters.items():
@@ -292,6 +327,7 @@ class Supervisor:
     def _use_nameservers(self) -> None:
         self._around = dataclasses.replace(self._around, upstream=self._nameservers.upstream)
         self._broadcast(m.UpstreamChanged(upstream=self._around.upstream), {"dns"})
+        self._follow_clusters()  # a range may cover the new ones
 
     # -- what workers say --
 
@@ -315,9 +351,7 @@ class Supervisor:
             case m.CloseListener():
                 self._listeners.close(worker.slot, message.address, message.port)
             case m.ClustersReported():
-                if self.reports.get(worker.slot) != message:
-                    self.reports[worker.slot] = message
-                    self._follow_clusters()
+                self._hear_of_clusters(worker, message)
             case m.PeerMisbehaved():
                 self._replace_accused(worker, message)
             case _:
@@ -351,11 +385,36 @@ class Supervisor:
         try:
             descriptor = self._listeners.open(worker.slot, self.network, address, port)
         except ListenerRefusedError as error:
-            log.warning("%s gets no listener on port %d: %s", worker.slot, port, error)
+            self._warn_of_listener(worker.slot, port, str(error))
             reason = str(error)[:500]
             worker.send(m.ListenerRefused(address=address, port=port, reason=reason))
         else:
             worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
+
+    def _warn_of_listener(self, slot: str, port: int, why: str) -> None:
+        # A worker that asks for nonsense by the thousand must not fill the log as well.
+        now = time.monotonic()
+        if now - self._warned_at.get(slot, -math.inf) >= WARN_SECONDS:
+            self._warned_at[slot] = now
+            log.warning("%s gets no listener on port %d: %s", slot, port, why)
+
+    def _hear_of_clusters(self, worker: Worker, message: m.ClustersReported) -> None:
+        assembly = self._assemblies.setdefault(worker.slot, Assembly())
+        try:
+            found = assembly.take(message)
+        except ReportOrderError as error:
+            worker.kill(str(error))
+            return
+        if found is None:
+            return
+        before, view = self.reports.get(worker.slot), ClusterView(found, message.problem)
+        if before == view:
+            return
+        self.reports[worker.slot] = view
+        self._follow_clusters()
+        # For each proxy: one that has not noticed yet may answer dns as before.
+        if clusters.names_of(before) != clusters.names_of(view):
+            self._broadcast(m.NamesChanged(), {"dns"})
 
     def _follow_clusters(self) -> None:
         report = self.cluster_report()
@@ -363,7 +422,10 @@ class Supervisor:
             return
         upstream = [server.address for server in self._nameservers.upstream]
         self._known_clusters = clusters.complete(report.clusters, self._known_clusters)
-        accepted = clusters.accept(self._known_clusters, self.network, upstream)
+        self._cluster_memory.write(self._known_clusters)
+        accepted = clusters.accept(
+            self._known_clusters, self.network, upstream, self._data_plane.host_addresses()
+        )
         self.zones = accepted.zones
         if accepted.problems != self.range_problems:
             self.range_problems = accepted.problems
@@ -373,15 +435,17 @@ class Supervisor:
             self._use_ranges(accepted.ranges)
 
     def _use_ranges(self, ranges: list[str]) -> None:
-        try:
-            self._data_plane.set_ranges(ranges)
-        except OSError as error:
-            # Tried again with the next report; until then its addresses lead nowhere.
-            log.error("the ranges %s cannot be routed: %s", ", ".join(ranges), error)
-            self.range_problems = [
-                *self.range_problems,
-                f"The ranges {', '.join(ranges)} cannot be routed ({error}): restart VNet.",
-            ]
+        failed = self._data_plane.set_ranges(ranges)
+        for text, error in failed.items():
+            # Tried again with the next report; until then its addresses would lead nowhere.
+            problem = (
+                f"The range {text} cannot be routed ({error.strerror}): another interface may have"
+                " it; change vnet_config, or stop the other program."
+            )
+            log.error("%s", problem)
+            self.range_problems = [*self.range_problems, problem]
+        ranges = [text for text in ranges if text not in failed]
+        if ranges == self.network.ranges:
             return
         changed = msgspec.structs.replace(self.network, ranges=ranges)
         self._around = dataclasses.replace(self._around, network=changed)

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ MESSAGE_BYTES = 256
 TURN_BYTES = 32 * 1024
 # A process whose channel has ended ends by itself in this time.
 HANG_UP_SECONDS = 1.0
+# SIGKILL takes milliseconds, unless the process is stuck in the kernel.
+UNKILLABLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class Worker:
         self._process: Spawned | None = None
         self._has_hung_up = False
         self._is_killed = False
+        self._killed_at = 0.0
         self._allowance = Allowance(BYTES_PER_SECOND, BURST_BYTES, 0.0)
         # Descriptors that wait here are copies: the originals may be closed before they are sent,
         # and their numbers given to something that is not for this worker.
@@ -216,8 +220,14 @@ class Worker:
         """Ends the process with SIGKILL; its exit is handled when it comes."""
         if self._process is not None and not self._is_killed:
             self._is_killed = True
+            self._killed_at = time.monotonic()
             log.warning("%s is killed: %s", self.slot, why)
             os.kill(self._process.pid, signal.SIGKILL)
+
+    def is_unkillable(self, now: float) -> bool:
+        """Whether it was killed long ago and is still there, stuck in the kernel."""
+        is_waited_for = self._process is not None and self._is_killed
+        return is_waited_for and now - self._killed_at > UNKILLABLE_SECONDS
 
     def has_ended(self) -> bool:
         """Whether the process is over and waits to be reaped."""

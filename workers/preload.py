@@ -5,7 +5,8 @@ missing here shows as a line "... is imported by a confined worker" in the log (
 """
 
 import _strptime  # type: ignore[import-not-found]  # noqa: F401  # datetime.strptime, for certificates
-import encodings.idna  # noqa: F401  # host names in socket and ssl; brings stringprep, unicodedata
+import encodings.idna  # host names in socket and ssl; brings stringprep, unicodedata
+import encodings.punycode  # noqa: F401  # the same, for names that are not ASCII
 import sys
 from importlib.util import find_spec
 

@@ -56,7 +56,9 @@ class Authority:
         return ssh_public_line(self.ssh.public_key())
 
 
-def private_key_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
+def private_key_pem(
+    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey,
+) -> bytes:
     """A private key as unencrypted PKCS#8 PEM."""
     return key.private_bytes(
         serialization.Encoding.PEM,
@@ -65,18 +67,22 @@ def private_key_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey)
     )
 
 
-def ssh_public_line(key: ed25519.Ed25519PublicKey) -> bytes:
+def ssh_public_line(key: ed25519.Ed25519PublicKey | rsa.RSAPublicKey) -> bytes:
     """A public key as an authorized_keys line without comment."""
     return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 def make_authority(cluster: str, now: datetime) -> Authority:
-    """A new CA whose subject is CN=O=`cluster`, as every Teleport CA's."""
+    """A new CA whose subject is CN=O=`cluster` and a number, as every Teleport CA's.
+
+    The number keeps the CAs of one cluster apart while they are rotated (lib/tlsca).
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name(
         [
             go_attribute(NameOID.ORGANIZATION_NAME, cluster),
             go_attribute(NameOID.COMMON_NAME, cluster),
+            go_attribute(NameOID.SERIAL_NUMBER, str(x509.random_serial_number())),
         ]
     )
     builder = _builder(name, name, key.public_key(), now - BACKDATE, now + CA_LIFETIME)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from html import escape
 
 from demo.cluster.config import BUILTIN_SUFFIX
-from demo.cluster.streams import Streams, closing, copy
+from demo.cluster.streams import Streams, TcpStream, closing, copy
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,11 @@ class Backends:
         """
         if host.endswith(BUILTIN_SUFFIX):
             return await self._dial_builtin(host, port)
-        async with asyncio.timeout(DIAL_SECONDS):
-            return await asyncio.open_connection(host, port)
+        try:
+            async with asyncio.timeout(DIAL_SECONDS):
+                return await asyncio.open_connection(host, port)
+        except TimeoutError as error:
+            raise TimeoutError(f"{host} does not answer within {DIAL_SECONDS:g} s") from error
 
     async def _dial_builtin(self, host: str, port: int) -> Streams:
         serve = _BUILTIN.get(host.removesuffix(BUILTIN_SUFFIX))
@@ -71,7 +74,8 @@ async def _run(serve: _Serve, sock: socket.socket, port: int) -> None:
 async def _serve_echo(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _port: int
 ) -> None:
-    await copy(reader, writer)
+    stream = TcpStream(reader, writer)
+    await copy(stream, stream)
 
 
 async def _serve_ports(

@@ -2,14 +2,15 @@
 
 The file is described in docs; keys that are unknown, of the wrong type or impossible are
 errors that name the key. `ping_interval_seconds = 0` makes a proxy without the ping variant
-of its protocols. Leaf clusters may leave out `proxy_addr`; it only names their apps.
+of its protocols, `ssh_proxy_port = 0` takes a free port. Leaf clusters may leave out `proxy_addr`;
+it only names their apps.
 """
 
 import re
 import tomllib
 from collections.abc import Iterator
 from ipaddress import IPv4Network
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
@@ -29,6 +30,7 @@ Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=253)]
 # A common name has at most 64 characters (X.520 ub-common-name), which `cryptography` enforces.
 CommonName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64)]
 Port: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]
+MfaKind: TypeAlias = Literal["totp", "webauthn", "sso"]
 
 
 class PortRange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,6 +58,11 @@ class App(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """Whether this is a TCP app, not a web or MCP app."""
         return self.uri.startswith("tcp://")
 
+    @property
+    def is_web(self) -> bool:
+        """Whether this is a web app, which the proxy's web port shows."""
+        return self.uri.startswith(("http://", "https://"))
+
     def allows_port(self, target_port: int) -> bool:
         """Whether a certificate with this target port (0 = unset) may connect."""
         if not self.tcp_ports:
@@ -77,11 +84,26 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Database(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One database; `uri` is host:port."""
+    """One database; `uri` is host:port, where the cluster sends the bytes."""
 
     name: Text
     protocol: Text
     uri: Text
+    session_mfa: bool = False
+    allowed_roles: tuple[Text, ...] = ("access",)
+
+    @property
+    def backend(self) -> tuple[str, int]:
+        """Host and port of the backend."""
+        host, _, port = self.uri.rpartition(":")
+        return host, int(port)
+
+
+class AccessRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An approved access request of the logged-in user, active in the login. It adds roles."""
+
+    id: Text
+    roles: Annotated[tuple[Text, ...], Meta(min_length=1)]
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,11 +117,16 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     user: CommonName = "alice"
     logins: tuple[Text, ...] = ("alice", "root")
     roles: Annotated[tuple[Text, ...], Meta(min_length=1)] = ("access",)
+    access_requests: tuple[AccessRequest, ...] = ()
+    mfa_devices: tuple[MfaKind, ...] = ("totp", "webauthn")
+    home_layout: Literal[16, 17] = 17
     cert_ttl_seconds: Annotated[int, Meta(ge=1, le=10 * 365 * 86400)] = 43200
     tls_routing: bool = True
+    ssh_proxy_port: Annotated[int, Meta(ge=0, le=65535)] = 0
     conn_upgrade_required: bool = False
     ping_interval_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
     apps: tuple[App, ...] = ()
+    generated_apps: Annotated[int, Meta(ge=0, le=100_000)] = 0
     nodes: tuple[Node, ...] = ()
     databases: tuple[Database, ...] = ()
 
@@ -112,6 +139,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def proxy_port(self) -> int:
         """Port part of `proxy_addr`; 0 means one is chosen at start."""
         return int(self.proxy_addr.rpartition(":")[2])
+
+    @property
+    def ssh_proxy_addr(self) -> str:
+        """Where SSH and the transport service are: a port of its own without TLS routing."""
+        port = self.proxy_port if self.tls_routing else self.ssh_proxy_port
+        return f"{self.proxy_host}:{port}"
 
     @property
     def has_vnet_config(self) -> bool:
@@ -160,6 +193,9 @@ def check_clusters(file: ClusterFile) -> ClusterFile:
             raise ClusterFileError(
                 f"clusters[{index}].leaf_of: {cluster.leaf_of!r} is no root cluster of this file"
             )
+    for index, cluster in enumerate(clusters):
+        ids = (request.id for request in cluster.access_requests)
+        _check_unique(ids, f"clusters[{index}].access_requests", "id")
     hosts = (cluster.proxy_host for cluster in clusters if not cluster.leaf_of)
     _check_unique(hosts, "clusters", "proxy_addr (its host names the profile)")
     return ClusterFile(clusters=clusters)
@@ -178,7 +214,11 @@ def _check_cluster(cluster: Cluster, where: str) -> Cluster:
         _check_name(zone, f"{where}.custom_dns_zones")
     if cluster.ipv4_cidr_range:
         _check_range(cluster.ipv4_cidr_range, f"{where}.ipv4_cidr_range")
-    host = proxy_addr.rpartition(":")[0]
+    host, _, port = proxy_addr.rpartition(":")
+    if cluster.ssh_proxy_port and cluster.tls_routing:
+        raise ClusterFileError(f"{where}.ssh_proxy_port: with TLS routing there is no such port")
+    if cluster.ssh_proxy_port and cluster.ssh_proxy_port == int(port):
+        raise ClusterFileError(f"{where}.ssh_proxy_port: {port} is the web port")
     apps = tuple(
         _check_app(app, host, f"{where}.apps[{index}]") for index, app in enumerate(cluster.apps)
     )

@@ -21,6 +21,18 @@ class FramingError(EmbeddedClusterError):
     """A ping frame is larger than the receiver allows."""
 
 
+class DatabaseError(EmbeddedClusterError):
+    """A client or a database does not speak the protocol it should, or the database refuses."""
+
+
+class WebSocketError(EmbeddedClusterError):
+    """A client breaks the WebSocket protocol; `code` says how (RFC 6455 section 7.4.1)."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class PredicateError(EmbeddedClusterError):
     """A predicate expression cannot be parsed or names an unknown field."""
 

@@ -1,11 +1,15 @@
-"""Writes a tsh home as `tsh login` of v17 and newer does (api/profile, api/utils/keypaths).
+"""Writes a tsh home as `tsh login` does (api/profile, api/utils/keypaths).
 
-<home>/current-profile, <profile>.yaml, known_hosts, web-ca.pem (ours)
+<home>/current-profile, <profile>.yaml, known_hosts
 <home>/keys/<proxy host>/<user>, .pub, .key, .crt, <user>-ssh/<cluster>-cert.pub
 <home>/keys/<proxy host>/cas/<cluster>.pem
+<home>/web-ca.pem, totp-secret, webauthn-credential.json (ours)
+
+Up to v16 there is one key for SSH and TLS, <user>, and <user>-x509.pem instead of .key and .crt.
 """
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,8 @@ import yaml
 from demo.cluster.errors import HomeError
 
 WEB_CA_FILE = "web-ca.pem"
+# Where keys and certificates lie changed with v17.
+LAST_LAYOUT_WITH_ONE_KEY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +29,10 @@ class Login:
 
     proxy_host: str
     proxy_addr: str
+    ssh_proxy_addr: str
     cluster: str
     user: str
+    layout: int  # 16 or 17
     tls_routing: bool
     conn_upgrade_required: bool
     tls_key: bytes
@@ -32,8 +40,8 @@ class Login:
     ssh_key: bytes
     ssh_public: bytes
     ssh_certificate: bytes
-    host_authorities: Mapping[str, bytes]  # cluster name -> PEM
-    host_ssh_keys: Mapping[str, bytes]  # cluster name -> authorized_keys line
+    host_authorities: Mapping[str, bytes]  # cluster name -> PEM of all that are trusted
+    host_ssh_keys: Mapping[str, tuple[bytes, ...]]  # cluster name -> authorized_keys lines
 
 
 def prepare_home(home: Path, web_ca: bytes) -> None:
@@ -59,27 +67,39 @@ def write_totp_secret(home: Path, secret: str) -> None:
     _write(home / "totp-secret", f"{secret}\n".encode())
 
 
+def write_webauthn_credential(home: Path, document: bytes) -> None:
+    """Writes the demo user's security key (JSON), for a software authenticator."""
+    _write(home / "webauthn-credential.json", document)
+
+
 def write_login(home: Path, login: Login) -> None:
     """Writes one profile with its keys and certificates, each file in one step."""
     keys = home / "keys" / login.proxy_host
-    ssh = keys / f"{login.user}-ssh"
-    for directory in (home / "keys", keys, keys / "cas", ssh):
+    for directory in (home / "keys", keys, keys / f"{login.user}-ssh"):
         directory.mkdir(mode=0o700, exist_ok=True)
-    for cluster, pem in login.host_authorities.items():
-        _write(keys / "cas" / f"{cluster}.pem", pem)
+    write_authorities(home, login)
     _write(keys / login.user, login.ssh_key)
     _write(keys / f"{login.user}.pub", login.ssh_public)
-    _write(keys / f"{login.user}.key", login.tls_key)
-    _write(ssh / f"{login.cluster}-cert.pub", login.ssh_certificate)
-    _write(keys / f"{login.user}.crt", login.tls_certificate)
+    if login.layout > LAST_LAYOUT_WITH_ONE_KEY:
+        _write(keys / f"{login.user}.key", login.tls_key)
+    write_certificates(home, login)
     _write(home / f"{login.proxy_host}.yaml", _profile(login), 0o660)
 
 
 def write_certificates(home: Path, login: Login) -> None:
     """Replaces only the user's certificates, as a new login with the same keys would."""
     keys = home / "keys" / login.proxy_host
+    suffix = ".crt" if login.layout > LAST_LAYOUT_WITH_ONE_KEY else "-x509.pem"
     _write(keys / f"{login.user}-ssh" / f"{login.cluster}-cert.pub", login.ssh_certificate)
-    _write(keys / f"{login.user}.crt", login.tls_certificate)
+    _write(keys / f"{login.user}{suffix}", login.tls_certificate)
+
+
+def write_authorities(home: Path, login: Login) -> None:
+    """Writes the TLS host authorities of all clusters of a login."""
+    directory = home / "keys" / login.proxy_host / "cas"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    for cluster, pem in login.host_authorities.items():
+        _write(directory / f"{cluster}.pem", pem)
 
 
 def write_shared(home: Path, logins: tuple[Login, ...]) -> None:
@@ -87,10 +107,19 @@ def write_shared(home: Path, logins: tuple[Login, ...]) -> None:
     lines = [
         b"@cert-authority %s %s type=host\n" % (_host_list(login, cluster), key.strip())
         for login in logins
-        for cluster, key in login.host_ssh_keys.items()
+        for cluster, keys in login.host_ssh_keys.items()
+        for key in keys
     ]
     _write(home / "known_hosts", b"".join(lines))
     _write(home / "current-profile", f"{logins[0].proxy_host}\n".encode(), 0o660)
+
+
+def remove_logins(home: Path) -> None:
+    """Removes every profile and key, as `tsh logout` does; what is ours stays."""
+    # The profiles last: a reader that has seen one looks for its keys.
+    shutil.rmtree(home / "keys", ignore_errors=True)
+    for path in (*home.glob("*.yaml"), home / "current-profile", home / "known_hosts"):
+        path.unlink(missing_ok=True)
 
 
 def _host_list(login: Login, cluster: str) -> bytes:
@@ -100,7 +129,7 @@ def _host_list(login: Login, cluster: str) -> bytes:
 def _profile(login: Login) -> bytes:
     values = {
         "web_proxy_addr": login.proxy_addr,
-        "ssh_proxy_addr": login.proxy_addr,
+        "ssh_proxy_addr": login.ssh_proxy_addr,
         "kube_proxy_addr": login.proxy_addr,
         "user": login.user,
         "cluster": login.cluster,

@@ -19,6 +19,7 @@ from cryptography.x509.oid import NameOID
 from demo.cluster.errors import IdentityError
 
 USAGE_APPS = "usage:apps"
+USAGE_DATABASES = "usage:db"
 
 
 class Attribute(Enum):
@@ -34,6 +35,10 @@ class Attribute(Enum):
     PRIVATE_KEY_POLICY = "1.3.9999.1.15"
     USER_TYPE = "1.3.9999.1.20"
     APP_TARGET_PORT = "1.3.9999.1.21"
+    DATABASE_SERVICE = "1.3.9999.2.1"
+    DATABASE_PROTOCOL = "1.3.9999.2.2"
+    DATABASE_USER = "1.3.9999.2.3"
+    DATABASE_NAME = "1.3.9999.2.4"
     ACCESS_REQUEST = "1.3.9999.2.8"
     DISALLOW_REISSUE = "1.3.9999.2.9"
     PREVIOUS_IDENTITY_EXPIRES = "1.3.9999.2.12"
@@ -51,8 +56,25 @@ class AppRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class DatabaseRoute:
+    """RouteToDatabase: which database service, as which user, in which of its databases.
+
+    User and database may be empty: some protocols say them themselves.
+    """
+
+    service_name: str
+    protocol: str
+    username: str = ""
+    database: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a certificate speaks for, and what it is good for. `expires` is NotAfter."""
+    """Who a certificate speaks for, and what it is good for. `expires` is NotAfter.
+
+    `not_before` is only known of a certificate that was read; `mfa_verified` is the ID of the
+    device that answered.
+    """
 
     user: str
     roles: tuple[str, ...]
@@ -63,11 +85,21 @@ class Identity:
     route_to_cluster: str = ""
     traits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     route_to_app: AppRoute | None = None
+    route_to_database: DatabaseRoute | None = None
     access_requests: tuple[str, ...] = ()
     login_ip: str = ""
     mfa_verified: str = ""
     previous_identity_expires: datetime | None = None
     disallow_reissue: bool = False
+    not_before: datetime | None = None
+
+    def is_current(self, now: datetime) -> bool:
+        """Whether the certificate is valid at this moment."""
+        return self.expires > now and (self.not_before is None or self.not_before <= now)
+
+    def may_be_used_for(self, usage: str) -> bool:
+        """Whether the certificate is unrestricted, or restricted to this usage among others."""
+        return not self.usage or usage in self.usage
 
 
 def encode_subject(identity: Identity) -> x509.Name:
@@ -111,6 +143,14 @@ def _custom_attributes(identity: Identity) -> Iterator[tuple[Attribute, str]]:
         yield Attribute.APP_NAME, route.name
         if route.target_port:
             yield Attribute.APP_TARGET_PORT, str(route.target_port)
+    if (database := identity.route_to_database) is not None:
+        yield Attribute.DATABASE_SERVICE, database.service_name
+        if database.protocol:
+            yield Attribute.DATABASE_PROTOCOL, database.protocol
+        if database.username:
+            yield Attribute.DATABASE_USER, database.username
+        if database.database:
+            yield Attribute.DATABASE_NAME, database.database
     yield Attribute.TELEPORT_CLUSTER, identity.teleport_cluster
     if identity.mfa_verified:
         yield Attribute.MFA_VERIFIED, identity.mfa_verified
@@ -157,11 +197,13 @@ def decode_peer(peer: Mapping[str, Any] | None) -> Identity:
         route_to_cluster=values.get("streetAddress", [""])[0],
         traits=_decode_traits(values.get("postalCode", ["{}"])[0]),
         route_to_app=_decode_route(one),
+        route_to_database=_decode_database_route(one),
         access_requests=tuple(values.get(Attribute.ACCESS_REQUEST.value, ())),
         login_ip=one(Attribute.LOGIN_IP),
         mfa_verified=one(Attribute.MFA_VERIFIED),
         previous_identity_expires=datetime.fromisoformat(previous) if previous else None,
         disallow_reissue=one(Attribute.DISALLOW_REISSUE) == "true",
+        not_before=_peer_time(peer, "notBefore"),
     )
 
 
@@ -175,6 +217,21 @@ def _decode_route(one: Callable[[Attribute], str]) -> AppRoute | None:
     )
     routes = route.session_id and route.public_addr and route.cluster_name
     return route if routes else None
+
+
+def _decode_database_route(one: Callable[[Attribute], str]) -> DatabaseRoute | None:
+    route = DatabaseRoute(
+        service_name=one(Attribute.DATABASE_SERVICE),
+        protocol=one(Attribute.DATABASE_PROTOCOL),
+        username=one(Attribute.DATABASE_USER),
+        database=one(Attribute.DATABASE_NAME),
+    )
+    return route if route.service_name else None
+
+
+def _peer_time(peer: Mapping[str, Any], name: str) -> datetime | None:
+    text = peer.get(name)
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(text), UTC) if text else None
 
 
 def _decode_traits(text: str) -> dict[str, tuple[str, ...]]:

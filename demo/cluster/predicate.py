@@ -12,6 +12,7 @@ each resource's fields; a field that resources do not have is an error, also whe
 would not look at it. Raises only PredicateError.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ MAX_DEPTH = 64
 
 # What an expression evaluates against: labels under "labels" as a mapping, the rest text.
 Fields = Mapping[str, "str | Mapping[str, str]"]
+# Field and text of an equality.
+Equality = tuple[str, str]
 _Value = bool | str | Mapping[str, str]
-_Node = Callable[[Fields], _Value]
+_Evaluate = Callable[[Fields], _Value]
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -49,23 +52,44 @@ class _Token:
     text: str
 
 
-def compile_predicate(expression: str) -> Callable[[Fields], bool]:
-    """A function that tells whether a resource with these fields matches.
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A part of an expression. `field` or `text` if it is only that; see `Predicate.needs`."""
 
-    An empty expression matches everything. The returned function raises PredicateError for a
-    field that the resource's kind does not have, or when the result is not a boolean.
+    evaluate: _Evaluate
+    field: str = ""
+    text: str | None = None
+    needs: frozenset[Equality] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Predicate:
+    """A compiled expression: called with a resource's fields it tells whether that matches.
+
+    Of the equalities in `needs` at least one holds for every resource that matches; None when
+    nothing is known. An index of resources needs to look no further.
+
+    Raises:
+        PredicateError: a field that the resource's kind does not have, or no boolean result.
     """
-    if not expression.strip():
-        return lambda _fields: True
-    node = _Parser(_tokens(expression)).parse()
 
-    def matches(fields: Fields) -> bool:
-        result = node(fields)
+    evaluate: _Evaluate
+    needs: frozenset[Equality] | None = None
+
+    def __call__(self, fields: Fields) -> bool:
+        result = self.evaluate(fields)
         if not isinstance(result, bool):
             raise PredicateError("failed to parse predicate expression: it is no condition")
         return result
 
-    return matches
+
+@functools.lru_cache(maxsize=64)
+def compile_predicate(expression: str) -> Predicate:
+    """The predicate that an expression describes; an empty one matches everything."""
+    if not expression.strip():
+        return Predicate(lambda _fields: True)
+    node = _Parser(_tokens(expression)).parse()
+    return Predicate(node.evaluate, node.needs)
 
 
 def _tokens(expression: str) -> list[_Token]:
@@ -144,14 +168,23 @@ class _Parser:
         nodes = [self._parse_and()]
         while self._take("||"):
             nodes.append(self._parse_and())
+        if len(nodes) == 1:
+            return nodes[0]
+        parts = [node.evaluate for node in nodes]
+        known = [node.needs for node in nodes if node.needs is not None]
+        needs = frozenset[Equality]().union(*known) if len(known) == len(nodes) else None
         # Lists, not generators: every part is evaluated, so that its errors show.
-        return nodes[0] if len(nodes) == 1 else lambda f: any([_truth(n(f)) for n in nodes])  # noqa: C419
+        return _Node(lambda f: any([_truth(part(f)) for part in parts]), needs=needs)  # noqa: C419
 
     def _parse_and(self) -> _Node:
         nodes = [self._parse_unary()]
         while self._take("&&"):
             nodes.append(self._parse_unary())
-        return nodes[0] if len(nodes) == 1 else lambda f: all([_truth(n(f)) for n in nodes])  # noqa: C419
+        if len(nodes) == 1:
+            return nodes[0]
+        parts = [node.evaluate for node in nodes]
+        needs = next((node.needs for node in nodes if node.needs is not None), None)
+        return _Node(lambda f: all([_truth(part(f)) for part in parts]), needs=needs)  # noqa: C419
 
     def _parse_unary(self) -> _Node:
         self._depth += 1
@@ -159,8 +192,8 @@ class _Parser:
             raise PredicateError("failed to parse predicate expression: nested too deeply")
         try:
             if self._take("!"):
-                inner = self._parse_unary()
-                return lambda f: not _truth(inner(f))
+                inner = self._parse_unary().evaluate
+                return _Node(lambda f: not _truth(inner(f)))
             return self._parse_equality()
         finally:
             self._depth -= 1
@@ -170,9 +203,7 @@ class _Parser:
         operator = self._take("==", "!=")
         if operator is None:
             return left
-        right = self._parse_primary()
-        wanted = operator == "=="
-        return lambda f: (_comparable(left(f)) == _comparable(right(f))) is wanted
+        return _equality(left, self._parse_primary(), is_wanted=operator == "==")
 
     def _parse_primary(self) -> _Node:
         if self._take("("):
@@ -185,7 +216,7 @@ class _Parser:
         if token.kind in {"string", "raw"}:
             self._at += 1
             text = unquote(token.text) if token.kind == "string" else token.text[1:-1]
-            return lambda _f: text
+            return _Node(lambda _f: text, text=text)
         if token.kind == "name":
             return self._parse_name()
         raise self._error()
@@ -198,12 +229,12 @@ class _Parser:
             path.append(self._next_name())
         name = ".".join(path)
         if name in {"true", "false"}:
-            return lambda _f: name == "true"
+            return _Node(lambda _f: name == "true")
         if not self._take("["):
-            return lambda f: _lookup(f, name)
-        key = self._parse_primary()
+            return _Node(lambda f: _lookup(f, name), field=name)
+        key = self._parse_primary().evaluate
         self._expect("]")
-        return lambda f: _label(_lookup(f, name), key(f))
+        return _Node(lambda f: _label(_lookup(f, name), key(f)))
 
     def _next_name(self) -> str:
         if self._at < len(self._tokens) and self._tokens[self._at].kind == "name":
@@ -221,25 +252,40 @@ class _Parser:
         if function != "search" and arity != len(arguments):
             raise PredicateError(f"failed to parse predicate expression: {function}(...)")
         if function == "equals":
-            left, right = arguments
-            return lambda f: _comparable(left(f)) == _comparable(right(f))
+            return _equality(*arguments, is_wanted=True)
+        values = [node.evaluate for node in arguments]
         if function == "hasPrefix":
-            text, prefix = arguments
-            return lambda f: _text(text(f)).startswith(_text(prefix(f)))
+            return _Node(lambda f: _text(values[0](f)).startswith(_text(values[1](f))))
         if function == "exists":
-            return lambda f: arguments[0](f) != ""
-        return lambda f: matches_search(f, [_text(node(f)) for node in arguments])
+            return _Node(lambda f: values[0](f) != "")
+        return _Node(lambda f: matches_search(f, [_text(value(f)) for value in values]))
+
+
+def _equality(left: _Node, right: _Node, *, is_wanted: bool) -> _Node:
+    needs = None
+    if is_wanted and left.field and right.text is not None:
+        needs = frozenset({(left.field, right.text)})
+    elif is_wanted and right.field and left.text is not None:
+        needs = frozenset({(right.field, left.text)})
+    one, other = left.evaluate, right.evaluate
+    return _Node(lambda f: (_comparable(one(f)) == _comparable(other(f))) is is_wanted, needs=needs)
 
 
 def matches_search(fields: Fields, words: list[str]) -> bool:
     """Whether every word occurs, without case, in some text field or label of the resource."""
+    text = search_text(fields)
+    return all(word.lower() in text for word in words)
+
+
+def search_text(fields: Fields) -> str:
+    """All texts and labels of a resource in lower case, apart from each other by a NUL."""
     texts: list[str] = []
     for value in fields.values():
         if isinstance(value, str):
-            texts.append(value.lower())
+            texts.append(value)
         else:
-            texts.extend(part.lower() for item in value.items() for part in item)
-    return all(any(word.lower() in text for text in texts) for word in words)
+            texts.extend(part for item in value.items() for part in item)
+    return "\0".join(texts).lower()
 
 
 def _lookup(fields: Fields, name: str) -> _Value:

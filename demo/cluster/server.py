@@ -1,7 +1,6 @@
 """The embedded clusters as a whole: authorities, listeners, tsh home, faults.
 
-Not served yet, though the cluster file may ask for it: SSH nodes, databases, ALPN connection
-upgrade, separate ports without TLS routing.
+Not served yet, though the cluster file may ask for it: SSH nodes.
 """
 
 import asyncio
@@ -11,43 +10,31 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from demo.cluster.authorities import (
-    BACKDATE,
-    issue_user_certificate,
-    make_authority,
-    private_key_pem,
-    ssh_public_line,
-)
+from demo.cluster.app_lists import Apps, watch_apps
+from demo.cluster.authorities import make_authority
 from demo.cluster.authserver import AuthServer
 from demo.cluster.backends import Backends
 from demo.cluster.config import ClusterFile
-from demo.cluster.faults import Faults, watch_faults
-from demo.cluster.home import (
-    Login,
-    prepare_home,
-    write_certificates,
-    write_login,
-    write_shared,
-    write_totp_secret,
-)
-from demo.cluster.proxy import Kind, Proxy
-from demo.cluster.sshcert import issue_ssh_user_certificate, private_key_openssh
+from demo.cluster.faults import NO_FAULTS, Faults, watch_faults
+from demo.cluster.home import prepare_home, write_totp_secret, write_webauthn_credential
+from demo.cluster.logins import Logins
+from demo.cluster.proxy import Proxy
+from demo.cluster.routes import Kind
 from demo.cluster.state import ClusterState, make_state
 from demo.cluster.streams import listening_socket
+from demo.cluster.webauthn import SecurityKey, make_security_key
 
 logger = logging.getLogger(__name__)
 
 FAULTS_FILE = "faults"
+APPS_FILE = "apps"
 DEFAULT_BIND_HOST = "127.0.0.1"
-# Where an expired login ended.
-_EXPIRED_SINCE = timedelta(hours=1)
 
 
 class EmbeddedCluster:
@@ -69,9 +56,9 @@ class EmbeddedCluster:
         self._auth_servers: list[AuthServer] = []
         self._auth_addresses: dict[str, tuple[str, int]] = {}
         self._backends = Backends()
-        self._keys: dict[str, tuple[ec.EllipticCurvePrivateKey, ed25519.Ed25519PrivateKey]] = {}
-        self._watcher: asyncio.Task[None] | None = None
-        self._is_expired = False
+        self._logins = Logins(home, self._roots)
+        self._watchers: list[asyncio.Task[None]] = []
+        self._faults = NO_FAULTS
 
     @property
     def states(self) -> Mapping[str, ClusterState]:
@@ -96,7 +83,7 @@ class EmbeddedCluster:
             proxy.stop_listening()
 
     async def start(self) -> None:
-        """Listens, writes the home, watches the fault file.
+        """Listens, writes the home, watches the fault file and the apps file.
 
         Raises:
             HomeError: the home cannot be used.
@@ -114,46 +101,41 @@ class EmbeddedCluster:
         prepare_home(self._home, web_ca.tls.certificate_pem())
         totp_secret = base64.b32encode(secrets.token_bytes(20)).decode()
         write_totp_secret(self._home, totp_secret)
-        self._make_states(totp_secret, now)
+        key = make_security_key()
+        self._make_states(totp_secret, key, now)
+        hosts = [root.config.proxy_host for root in self._roots()]
+        write_webauthn_credential(self._home, key.describe(hosts))
         for state in self._states.values():
             auth = AuthServer(state)
             self._auth_servers.append(auth)
             await auth.start()
             self._auth_addresses[state.name] = auth.address
         for root in self._roots():
-            sock = self._bind(root)
-            port = sock.getsockname()[1]
-            address = f"{root.config.proxy_host}:{port}"
-            root.config = msgspec.structs.replace(root.config, proxy_addr=address)
+            sockets = self._bind(root)
             proxy = Proxy(root, web_ca, self._auth_addresses, self._backends)
             self._proxies[root.name] = proxy
-            await proxy.listen(sock)
-            self._keys[root.name] = (
-                ec.generate_private_key(ec.SECP256R1()),
-                ed25519.Ed25519PrivateKey.generate(),
-            )
-        self._write_home(now)
-        self._watcher = asyncio.create_task(self._watch(), name="faults")
+            await proxy.listen(*sockets)
+        self._logins.write()
+        for name, watch in ((FAULTS_FILE, self._watch_faults), (APPS_FILE, self._watch_apps)):
+            self._watchers.append(asyncio.create_task(watch(self._home / name), name=name))
 
     async def stop(self) -> None:
         """Closes every listener and connection; the home stays."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
-            self._watcher = None
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        self._watchers.clear()
         for proxy in self._proxies.values():
             await proxy.stop()
         for auth in self._auth_servers:
             await auth.stop()
         await self._backends.stop()
 
-    def _make_states(self, totp_secret: str, now: datetime) -> None:
+    def _make_states(self, totp_secret: str, key: SecurityKey, now: datetime) -> None:
         for cluster in self._config.clusters:
-            self._states[cluster.name] = make_state(cluster, totp_secret, now)
-            if cluster.conn_upgrade_required or not cluster.tls_routing:
-                logger.warning("%s: only TLS routing without upgrade is served", cluster.name)
-            if cluster.nodes or cluster.databases:
-                logger.warning("%s: nodes and databases are listed, not served", cluster.name)
+            self._states[cluster.name] = make_state(cluster, totp_secret, key, now)
+            if cluster.nodes:
+                logger.warning("%s: nodes are listed, not served", cluster.name)
         for state in self._states.values():
             if state.config.leaf_of:
                 state.root = self._states[state.config.leaf_of]
@@ -162,77 +144,81 @@ class EmbeddedCluster:
     def _roots(self) -> list[ClusterState]:
         return [state for state in self._states.values() if state.root is None]
 
-    def _bind(self, root: ClusterState) -> socket.socket:
-        host = self._bind_hosts.get(root.name, DEFAULT_BIND_HOST)
-        return listening_socket(host, root.config.proxy_port)
-
-    def _login(self, root: ClusterState, now: datetime) -> Login:
-        """A login made at `now`; `now` in the past gives one that may have expired."""
-        tls_key, ssh_key = self._keys[root.name]
-        config = root.config
-        identity = root.login_identity(now)
-        members = (root, *root.leaves.values())
-        return Login(
-            proxy_host=config.proxy_host,
-            proxy_addr=config.proxy_addr,
-            cluster=root.name,
-            user=config.user,
-            tls_routing=config.tls_routing,
-            conn_upgrade_required=config.conn_upgrade_required,
-            tls_key=private_key_pem(tls_key),
-            tls_certificate=issue_user_certificate(
-                root.user_ca, identity, tls_key.public_key(), now - BACKDATE
-            ),
-            ssh_key=private_key_openssh(ssh_key),
-            ssh_public=ssh_public_line(ssh_key.public_key()) + b"\n",
-            ssh_certificate=issue_ssh_user_certificate(
-                root.user_ca, identity, ssh_key.public_key(), now
-            ),
-            host_authorities={m.name: m.host_ca.tls.certificate_pem() for m in members},
-            host_ssh_keys={m.name: m.host_ca.ssh_public_line() for m in members},
-        )
-
-    def _write_home(self, now: datetime) -> None:
-        logins = tuple(self._login(root, now) for root in self._roots())
-        for login in logins:
-            write_login(self._home, login)
-        write_shared(self._home, logins)
-
-    async def _watch(self) -> None:
+    def _bind(self, root: ClusterState) -> tuple[socket.socket, socket.socket | None]:
+        """Web port and SSH port of a proxy; ports that were free to choose are known then."""
+        host, config = self._bind_hosts.get(root.name, DEFAULT_BIND_HOST), root.config
+        web = listening_socket(host, config.proxy_port)
+        address = f"{config.proxy_host}:{web.getsockname()[1]}"
+        root.config = config = msgspec.structs.replace(config, proxy_addr=address)
+        if config.tls_routing:
+            return web, None
         try:
-            await watch_faults(self._home / FAULTS_FILE, self._apply)
+            ssh = listening_socket(host, config.ssh_proxy_port)
+        except BaseException:
+            web.close()
+            raise
+        root.config = msgspec.structs.replace(config, ssh_proxy_port=ssh.getsockname()[1])
+        return web, ssh
+
+    async def _watch_faults(self, path: Path) -> None:
+        try:
+            await watch_faults(path, self._apply)
         except Exception:
             logger.exception("the fault file is no longer watched")
 
+    async def _watch_apps(self, path: Path) -> None:
+        try:
+            await watch_apps(path, self._config, self._set_apps)
+        except Exception:
+            logger.exception("the apps file is no longer watched")
+
+    def _set_apps(self, apps: Apps) -> None:
+        for name, state in self._states.items():
+            if state.config.apps != apps[name]:
+                logger.info("%s has %d apps now", name, len(apps[name]))
+                state.set_apps(apps[name])
+        for proxy in self._proxies.values():
+            proxy.reload()  # the web certificate names web apps
+
     async def _apply(self, faults: Faults) -> None:
+        before, self._faults = self._faults, faults
         for state in self._states.values():
             state.faults = faults
-        self._renew_login(is_expired=faults.expire_login)
+        if faults.rotate_ca != before.rotate_ca:
+            self._rotate(is_beginning=faults.rotate_ca)
+        if faults.rotate_ca != before.rotate_ca or faults.clock_seconds != before.clock_seconds:
+            self._reload_contexts()
+        self._logins.apply(faults)
         for root in self._roots():
             await self._apply_to_proxy(root, faults)
 
-    def _renew_login(self, *, is_expired: bool) -> None:
-        if is_expired == self._is_expired:
-            return
-        self._is_expired = is_expired
-        now = datetime.now(UTC)
-        for root in self._roots():
-            lifetime = timedelta(seconds=root.config.cert_ttl_seconds)
-            made = now - lifetime - _EXPIRED_SINCE if is_expired else now
-            write_certificates(self._home, self._login(root, made))
+    def _rotate(self, *, is_beginning: bool) -> None:
+        """The authorities change first, then the home, then what the servers show."""
+        for state in self._states.values():
+            if is_beginning:
+                state.begin_rotation()
+            else:
+                state.end_rotation()
+        self._logins.write_authorities()
+
+    def _reload_contexts(self) -> None:
+        for auth in self._auth_servers:
+            auth.reload()
+        for proxy in self._proxies.values():
+            proxy.reload()
 
     async def _apply_to_proxy(self, root: ClusterState, faults: Faults) -> None:
         proxy = self._proxies[root.name]
         if faults.proxy_down and proxy.is_listening:
             await proxy.stop()
         if not faults.proxy_down and not proxy.is_listening:
-            await proxy.listen(self._bind(root))
+            await proxy.listen(*self._bind(root))
         if faults.auth_down or faults.expire_login:
             await proxy.drop(Kind.AUTH)
         for leaf in faults.leaf_offline:
-            await proxy.drop(Kind.AUTH, Kind.APP, cluster=leaf)
+            await proxy.drop(Kind.AUTH, Kind.APP, Kind.DATABASE, cluster=leaf)
         if faults.close_apps:
-            await proxy.drop(Kind.APP)
+            await proxy.drop(Kind.APP, Kind.DATABASE)
 
 
 async def run_demo_cluster(

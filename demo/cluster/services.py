@@ -5,11 +5,9 @@ Errors become status codes by the table of lib/auth's trail package; expected re
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -18,6 +16,8 @@ from grpclib.events import RecvRequest
 from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
+from demo.cluster.authorities import Authority
+from demo.cluster.config import App, Database, Node
 from demo.cluster.errors import (
     AccessError,
     IdentityError,
@@ -26,7 +26,7 @@ from demo.cluster.errors import (
     RequestError,
 )
 from demo.cluster.identity import Identity, decode_peer
-from demo.cluster.resources import MAX_PAGE, Page, Query, Row, rows_of, select
+from demo.cluster.resources import MAX_PAGE, ZERO_TIME, Listing, Listings, Page, Query
 from demo.cluster.state import MIN_CLIENT_MAJOR, SERVER_VERSION, ClusterState
 from demo.cluster.usercerts import generate_user_certs
 from workers.proxy.teleport.pb import (
@@ -49,8 +49,8 @@ _Reply = TypeVar("_Reply")
 # https://semver.org: what the `version` header must hold.
 _SEMVER = re.compile(r"(\d{1,9})\.\d{1,9}\.\d{1,9}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", re.ASCII)
 
-# Kinds of ListUnifiedResources and the ResourceType of their rows.
-_UNIFIED_KINDS = {"app": "app_server", "node": "node", "db": "db_server"}
+# How often a call that a fault holds back looks whether the fault is gone.
+_HANG_POLL_SECONDS = 0.05
 
 
 def is_supported_version(text: str) -> bool:
@@ -72,14 +72,26 @@ def _statuses() -> Iterator[None]:
         raise GRPCError(Status.NOT_FOUND, str(error)) from error
 
 
-async def check_request(event: RecvRequest) -> None:
-    """Runs before every call: the client's version and its certificate's usage."""
-    version = event.metadata.get("version")
-    if version is not None and not is_supported_version(str(version)):
-        raise GRPCError(Status.PERMISSION_DENIED, "client version is unsupported")
-    with _statuses():
-        if decode_peer(event.peer.cert()).usage:
-            raise AccessError("access denied: invalid client certificate")
+def request_check(state: ClusterState) -> Callable[[RecvRequest], Coroutine[Any, Any, None]]:
+    """What runs before every call: faults, the client's version, its certificate."""
+
+    async def check(event: RecvRequest) -> None:
+        while state.faults.hang:  # noqa: ASYNC110  # faults come from a file that is polled too
+            await asyncio.sleep(_HANG_POLL_SECONDS)
+        if state.faults.unavailable:
+            raise GRPCError(Status.UNAVAILABLE, "a fault keeps the auth server away")
+        version = event.metadata.get("version")
+        if version is not None and not is_supported_version(str(version)):
+            raise GRPCError(Status.PERMISSION_DENIED, "client version is unsupported")
+        with _statuses():
+            caller = decode_peer(event.peer.cert())
+            if caller.usage:
+                raise AccessError("access denied: invalid client certificate")
+            # TLS sees to it, but for a clock of our own.
+            if not caller.is_current(state.now()):
+                raise AccessError("access denied: client credentials have expired, please relogin.")
+
+    return check
 
 
 def unary(
@@ -104,6 +116,9 @@ class AuthService(auth_grpc.AuthServiceBase):
 
     def __init__(self, state: ClusterState) -> None:
         self._state = state
+        self._listings = Listings(state)
+        # Made now, so that no client waits for a long one.
+        self._listings.of("app_server")
 
     @unary
     async def Ping(  # noqa: N802
@@ -129,12 +144,12 @@ class AuthService(auth_grpc.AuthServiceBase):
         await asyncio.sleep(self._state.faults.slow_list_seconds)
         if request.Limit <= 0:
             raise RequestError("nonpositive parameter limit")
-        rows = rows_of(self._state, caller, request.ResourceType)
-        page = _page(rows, request)
+        listing = self._listings.of(request.ResourceType)
+        page = _page(listing, request, caller, needs_total=request.NeedTotalCount)
         return auth_pb2.ListResourcesResponse(
             Resources=[row.resource for row in page.rows],
             NextKey=page.next_key,
-            TotalCount=page.total if request.NeedTotalCount else 0,
+            TotalCount=page.total,
         )
 
     @unary
@@ -142,22 +157,16 @@ class AuthService(auth_grpc.AuthServiceBase):
         self, request: auth_pb2.ListUnifiedResourcesRequest, caller: Identity
     ) -> auth_pb2.ListUnifiedResourcesResponse:
         await asyncio.sleep(self._state.faults.slow_list_seconds)
-        kinds = [kind for kind in _UNIFIED_KINDS if not request.Kinds or kind in request.Kinds]
-        rows = [
-            dataclasses.replace(row, key=f"{row.fields['name']}/{kind}")
-            for kind in kinds
-            for row in rows_of(self._state, caller, _UNIFIED_KINDS[kind])
-        ]
-        page = _page(sorted(rows, key=lambda row: row.key), request)
+        page = _page(self._listings.unified(request.Kinds), request, caller)
         return auth_pb2.ListUnifiedResourcesResponse(
             Resources=[row.resource for row in page.rows], NextKey=page.next_key
         )
 
     @unary
     async def ResolveSSHTarget(  # noqa: N802
-        self, request: auth_pb2.ResolveSSHTargetRequest, caller: Identity
+        self, request: auth_pb2.ResolveSSHTargetRequest, _caller: Identity
     ) -> auth_pb2.ResolveSSHTargetResponse:
-        for row in rows_of(self._state, caller, "node"):
+        for row in self._listings.of("node"):
             node = row.resource.Node
             if request.host in {node.Spec.Hostname, node.Metadata.Name}:
                 return auth_pb2.ResolveSSHTargetResponse(server=node)
@@ -169,9 +178,11 @@ class AuthService(auth_grpc.AuthServiceBase):
     ) -> auth_pb2.Certs:
         if self._state.faults.refuse_certs:
             raise AccessError("access denied")
+        if self._state.faults.deny:
+            raise AccessError(self._state.faults.deny)
         if self._state.root is not None:
             raise AccessError(f"user {caller.user} is not of cluster {self._state.name}")
-        return generate_user_certs(self._state, caller, request, datetime.now(UTC))
+        return generate_user_certs(self._state, caller, request, self._state.now())
 
     @unary
     async def IsMFARequired(  # noqa: N802
@@ -189,47 +200,52 @@ class AuthService(auth_grpc.AuthServiceBase):
             raise NotFoundError(f"user {caller.user} is not of cluster {self._state.name}")
         if not request.HasField("ContextUser"):
             raise RequestError("only ContextUser challenges are available")
-        if request.HasField("MFARequiredCheck") and not self._is_mfa_required(
-            request.MFARequiredCheck
-        ):
+        has_check = request.HasField("MFARequiredCheck")
+        if has_check and not self._is_mfa_required(request.MFARequiredCheck):
             return auth_pb2.MFAAuthenticateChallenge(MFARequired=auth_pb2.MFA_REQUIRED_NO)
-        return auth_pb2.MFAAuthenticateChallenge(
-            TOTP=auth_pb2.TOTPChallenge(), MFARequired=auth_pb2.MFA_REQUIRED_YES
+        challenge = self._state.factors.challenge(
+            *(caller.user, request.ChallengeExtensions, self._state.proxy, self._state.now()),
+            callback=request.SSOClientRedirectURL,
         )
+        if has_check:
+            challenge.MFARequired = auth_pb2.MFA_REQUIRED_YES
+        return challenge
 
     def _is_mfa_required(self, request: auth_pb2.IsMFARequiredRequest) -> bool:
         match request.WhichOneof("Target"):
             case "App":
-                found = [
-                    a.session_mfa for a in self._state.config.apps if a.name == request.App.Name
-                ]
                 asked = request.App.Name
+                found: App | Database | Node | None = self._state.apps.with_name(asked)
             case "Node":
-                host = asked = request.Node.Node
-                found = [n.session_mfa for n in self._state.config.nodes if n.hostname == host]
+                asked = request.Node.Node
+                nodes = (node for node in self._state.config.nodes if node.hostname == asked)
+                found = next(nodes, None)
             case "Database":
                 asked = request.Database.ServiceName
-                found = [False for db in self._state.config.databases if db.name == asked]
+                found = self._state.find_database(asked)
             case target:
                 raise RequestError(f"target {target} is not supported")
-        if not found:
+        if found is None:
             raise NotFoundError(f"{asked!r} is not found")
-        return found[0]
+        return found.session_mfa
 
 
 def _page(
-    rows: list[Row], request: auth_pb2.ListResourcesRequest | auth_pb2.ListUnifiedResourcesRequest
+    listing: Listing,
+    request: auth_pb2.ListResourcesRequest | auth_pb2.ListUnifiedResourcesRequest,
+    caller: Identity,
+    *,
+    needs_total: bool = False,
 ) -> Page:
-    return select(
-        rows,
-        Query(
-            limit=min(request.Limit, MAX_PAGE) if request.Limit > 0 else MAX_PAGE,
-            start_key=request.StartKey,
-            predicate=request.PredicateExpression,
-            labels=dict(request.Labels),
-            words=list(request.SearchKeywords),
-        ),
+    query = Query(
+        limit=min(request.Limit, MAX_PAGE) if request.Limit > 0 else MAX_PAGE,
+        start_key=request.StartKey,
+        predicate=request.PredicateExpression,
+        labels=dict(request.Labels),
+        words=list(request.SearchKeywords),
+        needs_total=needs_total,
     )
+    return listing.select(query, caller)
 
 
 class VnetConfigService(vnet_grpc.VnetConfigServiceBase):
@@ -243,7 +259,7 @@ class VnetConfigService(vnet_grpc.VnetConfigServiceBase):
         self, _request: vnet_pb2.GetVnetConfigRequest, _caller: Identity
     ) -> vnet_pb2.VnetConfig:
         config = self._state.config
-        if not config.has_vnet_config:
+        if not config.has_vnet_config or self._state.faults.no_vnet_config:
             raise NotFoundError("vnet_config is not found")
         return vnet_pb2.VnetConfig(
             kind="vnet_config",
@@ -276,12 +292,17 @@ class PresenceService(presence_grpc.PresenceServiceBase):
         )
 
     def _remote_cluster(self, name: str) -> types_pb2.RemoteClusterV3:
-        connection = "offline" if self._state.is_offline(name) else "online"
+        is_offline = self._state.is_offline(name)
+        status = types_pb2.RemoteClusterStatusV3(
+            Connection="offline" if is_offline else "online", LastHeartbeat=ZERO_TIME
+        )
+        if not is_offline:
+            status.LastHeartbeat.FromDatetime(self._state.now())
         return types_pb2.RemoteClusterV3(
             Kind="remote_cluster",
             Version="v3",
             Metadata=types_pb2.Metadata(Name=name, Namespace="default"),
-            Status=types_pb2.RemoteClusterStatusV3(Connection=connection),
+            Status=status,
         )
 
 
@@ -318,7 +339,7 @@ class TrustService(trust_grpc.TrustServiceBase):
 
 
 def _certificate_authority(cluster: ClusterState, kind: str) -> types_pb2.CertAuthorityV2:
-    authority = cluster.host_ca if kind == "host" else cluster.user_ca
+    authorities = cluster.host_authorities if kind == "host" else (cluster.user_ca,)
     return types_pb2.CertAuthorityV2(
         Kind="cert_authority",
         SubKind=kind,
@@ -327,9 +348,14 @@ def _certificate_authority(cluster: ClusterState, kind: str) -> types_pb2.CertAu
         Spec=types_pb2.CertAuthoritySpecV2(
             Type=kind,
             ClusterName=cluster.name,
-            ActiveKeys=types_pb2.CAKeySet(
-                SSH=[types_pb2.SSHKeyPair(PublicKey=authority.ssh_public_line())],
-                TLS=[types_pb2.TLSKeyPair(Cert=authority.tls.certificate_pem())],
-            ),
+            ActiveKeys=_key_set(authorities[:1]),
+            AdditionalTrustedKeys=_key_set(authorities[1:]),
         ),
+    )
+
+
+def _key_set(authorities: Sequence[Authority]) -> types_pb2.CAKeySet:
+    return types_pb2.CAKeySet(
+        SSH=[types_pb2.SSHKeyPair(PublicKey=one.ssh_public_line()) for one in authorities],
+        TLS=[types_pb2.TLSKeyPair(Cert=one.tls.certificate_pem()) for one in authorities],
     )

@@ -1,10 +1,9 @@
-"""Server-side TLS over asyncio streams with half-close, and the contexts for it.
+"""Server-side TLS over any byte stream with half-close, and the contexts for it.
 
 asyncio's own TLS transport closes both directions at once. Here each direction has its end, as
 with Go's tls.Conn: close_notify out is `write_eof`, close_notify in is an empty `read`.
 """
 
-import asyncio
 import contextlib
 import ssl
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 
 from demo.cluster.authorities import Authority, KeyPair
 from demo.cluster.errors import TruncatedStreamError
-from demo.cluster.streams import READ_BYTES
+from demo.cluster.streams import READ_BYTES, ByteStream
 
 # More time than any real client needs; ends connections that never speak.
 HANDSHAKE_SECONDS = 20.0
@@ -44,18 +43,10 @@ def server_context(
 class TlsStream:
     """One TLS connection. One task may read while others write."""
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        context: ssl.SSLContext,
-        received: bytes,
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, below: ByteStream, context: ssl.SSLContext) -> None:
+        self._below = below
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._incoming.write(received)
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._drained = b""
         self._is_read_closed = False
@@ -72,18 +63,17 @@ class TlsStream:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
-                self._flush()
+                await self._flush()
                 await self._receive()
             except ssl.SSLError:
-                self._flush()
+                await self._flush()
                 raise
             else:
-                self._flush()
-                await self._writer.drain()
+                await self._flush()
                 return
 
     def peer(self) -> dict[str, Any] | None:
-        """The verified peer certificate as `getpeercert()` gives it, or None."""
+        """The verified peer certificate as `getpeercert()` gives it; None or empty without one."""
         return self._tls.getpeercert()
 
     def peer_certificate_count(self) -> int:
@@ -95,13 +85,13 @@ class TlsStream:
         """Some plaintext; empty when the peer has closed its direction.
 
         Raises:
-            TruncatedStreamError: TCP ended without close_notify.
+            TruncatedStreamError: the stream below ended without close_notify.
         """
         if self._drained:
             drained, self._drained = self._drained, b""
             return drained
         while (data := self._take()) is None:
-            self._flush()
+            await self._flush()
             await self._receive()
         return data
 
@@ -111,8 +101,7 @@ class TlsStream:
         while view:
             # One record (16 KiB) at a time; a memory BIO takes everything.
             view = view[self._tls.write(view) :]
-        self._flush()
-        await self._writer.drain()
+        await self._flush()
 
     async def write_eof(self) -> None:
         """Sends close_notify; reading goes on (RFC 8446 section 6.1)."""
@@ -124,13 +113,12 @@ class TlsStream:
             self._drained += data
         with contextlib.suppress(ssl.SSLWantReadError):
             self._tls.unwrap()
-        self._flush()
-        await self._writer.drain()
+        await self._flush()
 
     async def _receive(self) -> None:
-        chunk = await self._reader.read(READ_BYTES)
+        chunk = await self._below.read()
         if not chunk:
-            raise TruncatedStreamError("TCP ended without close_notify")
+            raise TruncatedStreamError("the connection ended without close_notify")
         self._incoming.write(chunk)
 
     def _take(self) -> bytes | None:
@@ -146,6 +134,6 @@ class TlsStream:
         self._is_read_closed = not data
         return data
 
-    def _flush(self) -> None:
+    async def _flush(self) -> None:
         if self._outgoing.pending:
-            self._writer.write(self._outgoing.read())
+            await self._below.write(self._outgoing.read())

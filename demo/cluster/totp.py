@@ -6,6 +6,8 @@ import hmac
 
 _STEP_SECONDS = 30
 _DIGITS = 6
+# How long a code is accepted: its own step, and one before and after.
+WINDOW_SECONDS = 3 * _STEP_SECONDS
 
 
 def totp_code(secret_base32: str, unix_seconds: float) -> str:

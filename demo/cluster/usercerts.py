@@ -11,16 +11,19 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from demo.cluster.authorities import BACKDATE, TlsPublicKey, issue_user_certificate
 from demo.cluster.errors import AccessError, NotFoundError, RequestError
-from demo.cluster.identity import USAGE_APPS, AppRoute, Identity
+from demo.cluster.identity import (
+    USAGE_APPS,
+    USAGE_DATABASES,
+    AppRoute,
+    DatabaseRoute,
+    Identity,
+)
 from demo.cluster.sshcert import issue_ssh_user_certificate, parse_ssh_public_key
 from demo.cluster.state import AppSession, ClusterState
-from demo.cluster.totp import accepts_totp
 from workers.proxy.teleport.pb import auth_pb2
 
 # UserSingleUseCertTTL of lib/auth.
 SINGLE_USE_LIFETIME = timedelta(minutes=1)
-# The one TOTP device of the demo user.
-MFA_DEVICE_ID = "6f0e4c4e-3d0c-4d0f-9d0a-70747020786d"
 
 _Request = auth_pb2.UserCertsRequest
 # Local proxies keep key and certificate in memory, so theirs live as long as asked.
@@ -34,6 +37,9 @@ _LONG_LIVED: Final = frozenset(
 )
 
 
+_USAGES: Final = {_Request.App: (USAGE_APPS,), _Request.Database: (USAGE_DATABASES,)}
+
+
 def generate_user_certs(
     state: ClusterState, caller: Identity, request: auth_pb2.UserCertsRequest, now: datetime
 ) -> auth_pb2.Certs:
@@ -43,17 +49,20 @@ def generate_user_certs(
         RequestError, AccessError, NotFoundError: as the real server refuses.
     """
     _check_request(state, caller, request)
-    mfa_verified = _check_mfa(state, request, now)
+    # Without the caller's requests the certificate has only the user's own roles.
+    roles = state.roles_with(request.AccessRequests)
+    expires = _expiry(caller, request, now)
+    mfa_verified = _check_mfa(state, caller, request, now)
     identity = Identity(
         user=caller.user,
-        roles=caller.roles,
+        roles=roles,
         teleport_cluster=state.name,
-        expires=_expiry(caller, request, now),
+        expires=expires,
         principals=caller.principals,
-        usage=(USAGE_APPS,) if request.Usage == _Request.App else (),
+        usage=_USAGES.get(request.Usage, ()),
         route_to_cluster=request.RouteToCluster or state.name,
         traits=caller.traits,
-        route_to_app=None,
+        route_to_database=_database_route(request),
         access_requests=tuple(request.AccessRequests),
         login_ip=caller.login_ip,
         mfa_verified=mfa_verified or caller.mfa_verified,
@@ -62,12 +71,20 @@ def generate_user_certs(
     return _issue(state, identity, request, now)
 
 
+def _database_route(request: auth_pb2.UserCertsRequest) -> DatabaseRoute | None:
+    """Certificates for other usages lead to no database, whatever else is asked for."""
+    asked = request.RouteToDatabase
+    if request.Usage not in {_Request.All, _Request.Database} or not asked.ServiceName:
+        return None
+    return DatabaseRoute(asked.ServiceName, asked.Protocol, asked.Username, asked.Database)
+
+
 def _issue(
     state: ClusterState, identity: Identity, request: auth_pb2.UserCertsRequest, now: datetime
 ) -> auth_pb2.Certs:
     certs = auth_pb2.Certs(
-        TLSCACerts=[state.host_ca.tls.certificate_pem()],
-        SSHCACerts=[state.host_ca.ssh_public_line()],
+        TLSCACerts=[one.tls.certificate_pem() for one in state.host_authorities],
+        SSHCACerts=[one.ssh_public_line() for one in state.host_authorities],
     )
     # A single-use answer carries only the certificate that matches its usage.
     is_ssh_only = _is_single_use(request) and request.Usage == _Request.SSH
@@ -123,17 +140,18 @@ def _check_request(
         raise NotFoundError(f"access request {name!r} is not found")
 
 
-def _check_mfa(state: ClusterState, request: auth_pb2.UserCertsRequest, now: datetime) -> str:
+def _check_mfa(
+    state: ClusterState, caller: Identity, request: auth_pb2.UserCertsRequest, now: datetime
+) -> str:
     """The device that answered the challenge; empty without an answer.
 
     That an answer was needed is decided at connect time, not here.
     """
     if not request.HasField("MFAResponse"):
         return ""
-    code = request.MFAResponse.TOTP.Code
-    if not accepts_totp(state.totp_secret, code, now.timestamp()):
-        raise AccessError("invalid totp token")
-    return MFA_DEVICE_ID
+    if state.faults.mfa_refused:
+        raise AccessError("MFA response validation failed: a fault refuses every answer")
+    return state.factors.check(caller.user, request.MFAResponse, state.proxy, now)
 
 
 def _expiry(caller: Identity, request: auth_pb2.UserCertsRequest, now: datetime) -> datetime:

@@ -164,6 +164,109 @@ def _order(run_dir: Path | None, request: cm.AnyRequest) -> None:
     _print(answer.text)
 
 
+@app.command()
+def mfa(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on with the prompts that come, until Ctrl-C.")
+    ] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Answer connections that wait for a second factor, by code or security key.
+
+    Without a terminal one line of standard input is read for each code.
+
+    Example: vnet mfa --watch
+    """
+    from supervisor.cli.mfa import run  # noqa: PLC0415  # only this command needs it
+
+    try:
+        status = run(settings.run_dir(run_dir, os.environ), watch=watch)
+    except AskError as error:
+        fail(error.status, str(error))
+    raise SystemExit(int(status))
+
+
+@app.command()
+def login(
+    proxy: Annotated[
+        str, typer.Argument(metavar="PROXY", help="Which profile, if several have expired.")
+    ] = "",
+    run_dir: RunDir = None,
+) -> None:
+    """Log in again with tsh where the login has expired.
+
+    Example: vnet login teleport.example.com
+    """
+    from supervisor.cli.login import LoginError, log_in  # noqa: PLC0415  # loads the client
+
+    try:
+        done = log_in(proxy, settings.run_dir(run_dir, os.environ), os.environ)
+    except LoginError as error:
+        fail(error.status, str(error))
+    _print(done)
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Configuration; else /etc/vnet/vnet.toml."),
+]
+
+
+@app.command()
+def ls(
+    kind: Annotated[
+        list[str] | None, typer.Option(metavar="app|db|node", help="Only these; may be repeated.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(metavar="NAME", help="Only in this cluster.")] = "",
+    search: Annotated[str, typer.Option(metavar="WORDS", help="Only what contains them.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """List what your logins let you reach. Needs no running VNet.
+
+    Example: vnet ls --kind db --search orders
+    """
+    from supervisor.cli.ls import list_reachable  # noqa: PLC0415  # see the module
+    from supervisor.cli.teleport_access import CommandError, find_access  # noqa: PLC0415
+
+    try:
+        access = find_access(config, os.environ)
+        status = list_reachable(
+            access, kinds=kind or [], cluster=cluster, search=search, as_json=as_json
+        )
+    except CommandError as error:
+        fail(error.status, str(error))
+    raise SystemExit(int(status))
+
+
+@app.command()
+def proxy(
+    name: Annotated[str, typer.Argument(help="Name or address of an app or database.")],
+    local_port: Annotated[
+        int | None,
+        typer.Argument(metavar="[LOCAL_PORT]", min=1, max=65535, help="Else a free one."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", min=1, max=65535, help="Which port of a multi-port app."),
+    ] = None,
+    cluster: Annotated[str, typer.Option(metavar="NAME", help="Only in this cluster.")] = "",
+    config: ConfigFile = None,
+) -> None:
+    """Make one app or database reachable at a local port, until Ctrl-C. Needs no running VNet.
+
+    Example: vnet proxy pg 5432
+    """
+    from supervisor.cli.local_proxy import serve  # noqa: PLC0415  # see the module
+    from supervisor.cli.teleport_access import CommandError, find_access  # noqa: PLC0415
+
+    try:
+        access = find_access(config, os.environ)
+        serve(access, name, local_port=local_port, target_port=port, cluster=cluster)
+    except CommandError as error:
+        fail(error.status, str(error))
+
+
 ClusterFile = Annotated[
     Path | None,
     typer.Option("--cluster", metavar="FILE", help="Clusters to embed; see docs/demo.md."),

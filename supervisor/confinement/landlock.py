@@ -13,6 +13,7 @@ from supervisor.confinement.landlock_rules import (
     SCOPE_VERSION,
     FileRight,
     FileRule,
+    NetRight,
     Ruleset,
     fitted,
 )
@@ -23,6 +24,7 @@ _RESTRICT_SELF: Final = 446
 # linux/landlock.h
 _CREATE_RULESET_VERSION: Final = 1
 _RULE_PATH_BENEATH: Final = 1
+_RULE_NET_PORT: Final = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -65,6 +67,9 @@ def restrict(wanted: Ruleset, kernel_version: int) -> None:
     try:
         for rule in rules.rules:
             _add(descriptor, rule)
+        for port in rules.bound_ports:
+            attributes = struct.pack("=QQ", NetRight.BIND_TCP, port)
+            _call(_ADD_RULE, descriptor, _RULE_NET_PORT, attributes, 0)
         _call(_RESTRICT_SELF, descriptor, 0)
     finally:
         os.close(descriptor)

@@ -94,6 +94,8 @@ class Ruleset:
     net: NetRight
     scope: Scope
     rules: tuple[FileRule, ...] = ()
+    # TCP ports that may be bound; 0 stands for those that the kernel chooses.
+    bound_ports: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,8 @@ def ruleset(role: Role, reach: Reach, program: tuple[Path, ...]) -> Ruleset:
                 _SPARE_DESCRIPTOR,
                 *reach.rules,
             )
-            # It is given its listening sockets.
-            return Ruleset(_ALL_FILES, NetRight.BIND_TCP, _ALL_SCOPES, rules)
+            # It is given its listening sockets; a browser returns to a port that the kernel chose.
+            return Ruleset(_ALL_FILES, NetRight.BIND_TCP, _ALL_SCOPES, rules, (0,))
 
 
 def fitted(wanted: Ruleset, version: int) -> Ruleset:
@@ -165,6 +167,7 @@ def fitted(wanted: Ruleset, version: int) -> Ruleset:
         wanted.net if version >= NET_VERSION else NetRight(0),
         wanted.scope if version >= SCOPE_VERSION else Scope(0),
         tuple(replace(rule, rights=rule.rights & known) for rule in wanted.rules),
+        wanted.bound_ports if version >= NET_VERSION else (),
     )
 
 

@@ -3,8 +3,15 @@
 from pathlib import Path
 
 from ipc.permits import Role, role_of
+from supervisor import configure
 from supervisor.configure import Surroundings
-from supervisor.confinement.landlock_rules import KEEP_FILES, READ, FileRule, Reach
+from supervisor.confinement.landlock_rules import (
+    KEEP_FILES,
+    KEEP_SOCKETS,
+    READ,
+    FileRule,
+    Reach,
+)
 from supervisor.settings import Settings
 
 
@@ -21,8 +28,9 @@ def reach_of(slot: str, settings: Settings, around: Surroundings) -> Reach:
             rules = [
                 FileRule(home, READ, is_awaited=True),
                 FileRule(around.book_path.parent, KEEP_FILES),
+                FileRule(around.prompts_dir, KEEP_SOCKETS),
             ]
-            ca_file = settings.config.teleport.ca_file
+            ca_file = configure.expand(settings.config.teleport.ca_file, settings.user.home)
             if ca_file and home not in Path(ca_file).parents:
                 rules.append(FileRule(Path(ca_file), READ, is_awaited=True))
             return Reach(around.bus_dir, tuple(rules))

@@ -4,7 +4,7 @@ It runs in network, mount and process namespaces of its own and leaves nothing b
 has its baseline from the same run: the machine may be slow or busy, the relation tells. The table
 goes to standard error, one line of JSON to standard output. Needs root.
 
-    scripts/bench [--quick] [--only throughput|connect|dns|memory]
+    scripts/bench [--quick] [--only memory|dns|connect|throughput|clusters|list|ways]
 """
 
 import argparse
@@ -18,18 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bench_bed
+import bench_clusters
 import bench_connect
 import bench_dns
+import bench_list
 import bench_memory
 import bench_throughput
+import bench_ways
 from bench_figures import Figure, table
 
 from demo.private_network import run_in_private_network
 
-# Memory first: the other parts leave buffers behind that an idle VNet does not have.
-PARTS = ("memory", "dns", "connect", "throughput")
+# Parts that share a bed. Memory first: the others leave buffers behind that an idle VNet does not have.
+SHARED = ("memory", "dns", "connect", "throughput")
+# Each has a VNet and clusters of its own.
+OWN = ("clusters", "list", "ways")
+PARTS = (*SHARED, *OWN)
 # Should anything hang, the kernel ends everything with the namespace's first process.
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 1200
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ class Effort:
 
 
 THOROUGH = Effort(seconds=3, rounds=3, with_relays=True)
-QUICK = Effort(seconds=2, rounds=1, with_relays=False)
+QUICK = Effort(seconds=1, rounds=1, with_relays=False)
 
 
 def main() -> int:
@@ -75,25 +81,37 @@ def _say(text: str) -> None:
 def _measure(directory: Path, parts: list[str], effort: Effort) -> int:
     begin = time.monotonic()
     figures: list[Figure] = []
+    load_before = _load_average()
+    shared = [part for part in SHARED if part in parts]
     try:
-        with bench_bed.running(directory, only_dns=parts == ["dns"]) as bed:
-            for part in PARTS:
-                if part in parts:
+        if shared:
+            with bench_bed.running(_place(directory, "shared"), only_dns=shared == ["dns"]) as bed:
+                for part in shared:
                     _say(f"{part} ...")
                     figures += _part(part, bed, effort)
+        for part in OWN:
+            if part in parts:
+                _say(f"{part} ...")
+                figures += _part_with_own_bed(part, _place(directory, part), effort)
     except (OSError, RuntimeError) as error:
         _say(f"failed: {error}")
         _show_logs(directory)
         return 1
     print(table(figures), file=sys.stderr)
     report = {
-        "machine": _machine(),
+        "machine": _machine() | {"load_average_before": load_before},
         "effort": {"seconds": effort.seconds, "rounds": effort.rounds},
         "took_seconds": round(time.monotonic() - begin, 1),
         "figures": [figure.as_json() for figure in figures],
     }
     print(json.dumps(report))
     return 0
+
+
+def _place(directory: Path, name: str) -> Path:
+    place = directory / name
+    place.mkdir()
+    return place
 
 
 def _part(part: str, bed: bench_bed.Bed, effort: Effort) -> list[Figure]:
@@ -107,14 +125,26 @@ def _part(part: str, bed: bench_bed.Bed, effort: Effort) -> list[Figure]:
     return bench_throughput.measure(bed, plan)
 
 
+def _part_with_own_bed(part: str, directory: Path, effort: Effort) -> list[Figure]:
+    if part == "clusters":
+        return bench_clusters.measure(directory, effort.rounds)
+    if part == "list":
+        return bench_list.measure(directory, effort.rounds)
+    return bench_ways.measure(directory, effort.seconds, effort.rounds)
+
+
 def _machine() -> dict[str, object]:
     return {
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
-        "load_average": [round(load, 1) for load in os.getloadavg()],
+        "load_average": _load_average(),
     }
+
+
+def _load_average() -> list[float]:
+    return [round(load, 1) for load in os.getloadavg()]
 
 
 def _show_logs(directory: Path) -> None:

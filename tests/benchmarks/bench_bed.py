@@ -11,24 +11,20 @@ proxy does: it ends TLS 1.3, checks the app certificate against the cluster's au
 the backend by the app named in it. It offers `teleport-tcp`, not the ping variant.
 """
 
-import asyncio
 import contextlib
-import multiprocessing
-import os
-import pwd
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 import bench_programs as programs
-from bench_programs import Programs, wait_for
+from bench_cluster import running_cluster
+from bench_programs import Programs
+from bench_vnet import Vnet, start_upstream_dns, start_vnet
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from demo import linux
 from demo.cluster.authorities import (
     issue_user_certificate,
     issue_web_certificate,
@@ -39,17 +35,10 @@ from demo.cluster.config import App, Cluster, ClusterFile, check_clusters
 from demo.cluster.identity import USAGE_APPS, AppRoute
 from demo.cluster.server import EmbeddedCluster
 from demo.cluster.state import ClusterState
-from demo.private_network import bring_up_loopback, use_own_resolver
-from demo.session import toml
-from supervisor.cli.control_client import AskError, ask_status
-from supervisor.control_messages import Status as AskStatus
-from supervisor.status import Health, Status
 
 ZONE = "bench.test"
 PROXY_HOST = f"teleport.{ZONE}"
 PROXY_ADDRESS, PROXY_PORT = "127.0.1.1", 443
-UPSTREAM_DNS = "127.0.0.54"
-FORWARDED_ZONE = "forwarded.test"
 LOCAL = "127.0.0.1"
 # App name -> port of its backend.
 BACKENDS = {"sink": 9001, "source": 9002, "iperf": 9003, "redis": 9004}
@@ -59,7 +48,6 @@ RELAYS = {
     "nginx": {"sink": 9021, "source": 9022},
 }
 FRESH_NAMES = 300
-START_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +56,7 @@ class Bed:
 
     directory: Path
     programs: Programs
-    dns_address: str
+    vnet: Vnet
 
     @property
     def web_ca(self) -> Path:
@@ -77,15 +65,6 @@ class Bed:
     def certificate(self, app: str) -> Path:
         """A client certificate with its key for an app, as VNet gets one."""
         return self.directory / f"{app}.pem"
-
-    def vnet(self) -> dict[str, list[int]]:
-        """VNet's processes by name."""
-        status = _status(self.directory)
-        assert status is not None
-        assert status.workers is not None
-        assert status.supervisor is not None
-        workers = {worker.name: [worker.pid] for worker in status.workers if worker.pid}
-        return {"supervisor": [status.supervisor.pid], **workers}
 
 
 def name_of(app: str) -> str:
@@ -101,71 +80,22 @@ def fresh_names() -> list[str]:
 @contextlib.contextmanager
 def running(directory: Path, *, only_dns: bool = False) -> Iterator[Bed]:
     """A bed in this process's own namespaces; with `only_dns` the cluster keeps the address."""
-    bring_up_loopback()
-    resolv_conf = use_own_resolver(directory, UPSTREAM_DNS)
     with Programs(directory) as started:
-        names = {PROXY_HOST: PROXY_ADDRESS, "known.test": "192.0.2.1"}
-        upstream = programs.dnsmasq(UPSTREAM_DNS, names, {FORWARDED_ZONE: "192.0.2.2"})
-        started.start("dnsmasq", upstream)
-        with _cluster(directory) as give_up_address:
+        start_upstream_dns(started, directory, {PROXY_HOST: PROXY_ADDRESS})
+        prepare = partial(_write_certificates, directory)
+        addresses = {ZONE: PROXY_ADDRESS}
+        with running_cluster(_clusters(), directory / "tsh", addresses, prepare) as give_up:
             if not only_dns:
                 _start_backends(started)
-            _start_vnet(started, directory)
-            dns_address = _wait_until_healthy(started, directory)
-            resolv_conf.write_text(f"nameserver {dns_address}\n")
-            bed = Bed(directory, started, dns_address)
+            bed = Bed(directory, started, start_vnet(started, directory, directory / "web-ca.pem"))
             if not only_dns:
                 _fetch_certificates()
-                give_up_address()
+                give_up()
                 _start_far_end(bed)
             yield bed
 
 
 # --- cluster ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _cluster(directory: Path) -> Iterator[Callable[[], None]]:
-    """Runs the embedded cluster in a process; gives a function that frees the proxy's address."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_run_cluster, args=(directory, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    _expect(ours, "ready")
-
-    def give_up_address() -> None:
-        ours.send("give up the address")
-        _expect(ours, "done")
-
-    try:
-        yield give_up_address
-    finally:
-        process.terminate()
-        process.join()
-
-
-def _expect(pipe: Connection, word: str) -> None:
-    said = pipe.recv() if pipe.poll(START_SECONDS) else "nothing"
-    if said != word:
-        raise RuntimeError(f"the embedded cluster says {said}")
-
-
-def _run_cluster(directory: Path, pipe: Connection) -> None:
-    linux.die_with_parent()
-    asyncio.run(_serve_cluster(directory, pipe))
-
-
-async def _serve_cluster(directory: Path, pipe: Connection) -> None:
-    home = directory / "tsh"
-    home.mkdir(mode=0o700)
-    async with EmbeddedCluster(_clusters(), home, bind_hosts={ZONE: PROXY_ADDRESS}) as cluster:
-        _write_certificates(directory, cluster.states[ZONE], cluster.web_ca_file)
-        pipe.send("ready")
-        await asyncio.to_thread(pipe.recv)
-        cluster.stop_listening()
-        pipe.send("done")
-        await asyncio.Event().wait()
 
 
 def _clusters() -> ClusterFile:
@@ -186,13 +116,13 @@ def _clusters() -> ClusterFile:
     return check_clusters(ClusterFile(clusters=(cluster,)))
 
 
-def _write_certificates(directory: Path, state: ClusterState, cluster_web_ca: Path) -> None:
+def _write_certificates(directory: Path, cluster: EmbeddedCluster) -> None:
     """What nginx and the direct clients need; VNet trusts nginx beside the cluster's own proxy."""
-    now = datetime.now(UTC)
+    now, state = datetime.now(UTC), cluster.states[ZONE]
     web_ca = make_authority("Benchmark Web CA", now)
     web = issue_web_certificate(web_ca, (PROXY_HOST,), now)
     (directory / "web.pem").write_bytes(web.certificate_pem() + web.key_pem())
-    both = cluster_web_ca.read_bytes() + web_ca.tls.certificate_pem()
+    both = cluster.web_ca_file.read_bytes() + web_ca.tls.certificate_pem()
     (directory / "web-ca.pem").write_bytes(both)
     (directory / "user-ca.pem").write_bytes(state.user_ca.tls.certificate_pem())
     for app in BACKENDS:
@@ -209,38 +139,6 @@ def _app_certificate(state: ClusterState, app: str, now: datetime) -> bytes:
 
 
 # --- VNet -------------------------------------------------------------------------------------
-
-
-def _start_vnet(started: Programs, directory: Path) -> None:
-    config = {
-        "dns": {"upstream": [UPSTREAM_DNS], "os_integration": "none"},
-        "teleport": {"ca_file": str(directory / "web-ca.pem")},
-    }
-    (directory / "vnet.toml").write_text(toml(config))
-    arguments = [sys.executable, "-m", "supervisor.main", "--config", str(directory / "vnet.toml")]
-    arguments += ["--run-dir", str(directory / "run"), "--state-dir", str(directory / "state")]
-    arguments += ["--user", pwd.getpwuid(os.getuid()).pw_name]
-    started.start("vnet", arguments, {"TELEPORT_HOME": str(directory / "tsh")})
-
-
-def _status(directory: Path) -> Status | None:
-    try:
-        return ask_status(directory / "run", AskStatus())[0]
-    except AskError:
-        return None
-
-
-def _wait_until_healthy(started: Programs, directory: Path) -> str:
-    def is_healthy() -> bool:
-        started.check("vnet")
-        status = _status(directory)
-        return status is not None and status.health is Health.HEALTHY
-
-    wait_for(is_healthy, "VNet is not healthy", START_SECONDS)
-    status = _status(directory)
-    assert status is not None
-    assert status.network is not None
-    return status.network.dns_addresses[0]
 
 
 def _fetch_certificates() -> None:

@@ -65,7 +65,7 @@ def _watched_load(
     bed: Bed, key: str, connect: Callable[[], socket.socket], clients: int, seconds: float
 ) -> dict[str, float]:
     """The load, and CPU seconds of each process per connection; it is less noisy than a rate."""
-    watched = bed.vnet() | {"far end": bed.programs.pids("far")}
+    watched = bed.vnet.pids() | {"far end": bed.programs.pids("far")}
     cpu = {name: -cpu_seconds(pids) for name, pids in watched.items()}
     found = _load(key, connect, clients, seconds)
     for name, pids in watched.items():

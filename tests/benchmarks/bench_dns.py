@@ -11,10 +11,12 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
-from bench_bed import FORWARDED_ZONE, UPSTREAM_DNS, Bed, fresh_names, name_of
+from bench_bed import Bed, fresh_names, name_of
 from bench_figures import Aim, Compare, Figure, medians, percentile
+from bench_vnet import FORWARDED_ZONE, UPSTREAM_DNS
 from dnslib import DNSRecord
 
 # Above the time for which the dns worker keeps what a proxy said, and well below the time for
@@ -31,11 +33,11 @@ def measure(bed: Bed, seconds: float, rounds: int) -> list[Figure]:
     names = fresh_names()
     parallel = names[len(names) // 3 :]
     alone = names[: len(names) // 3]
-    once = {"fresh p": _latencies(bed.dns_address, alone)}
-    fresh_rate = _dnsperf(bed, bed.dns_address, parallel, "-n", "1")
+    once = {"fresh p": latencies(bed.vnet.dns_address, alone)}
+    fresh_rate = dnsperf(bed.directory, bed.vnet.dns_address, parallel, "-n", "1")
     time.sleep(FORGET_SECONDS)
-    once["known p"] = _latencies(bed.dns_address, alone)
-    known_rate = _dnsperf(bed, bed.dns_address, parallel, "-n", "1")
+    once["known p"] = latencies(bed.vnet.dns_address, alone)
+    known_rate = dnsperf(bed.directory, bed.vnet.dns_address, parallel, "-n", "1")
     found = medians([_round(bed, seconds) for _ in range(rounds)])
     for key, taken in once.items():
         found |= {f"{key}50": percentile(taken, 50), f"{key}99": percentile(taken, 99)}
@@ -45,21 +47,21 @@ def measure(bed: Bed, seconds: float, rounds: int) -> list[Figure]:
 def _round(bed: Bed, seconds: float) -> dict[str, float]:
     own = [name_of("redis")]
     asked = {
-        "cached": (bed.dns_address, own),
-        "forwarded": (bed.dns_address, FORWARDED),
+        "cached": (bed.vnet.dns_address, own),
+        "forwarded": (bed.vnet.dns_address, FORWARDED),
         "dnsmasq": (UPSTREAM_DNS, FORWARDED),
     }
     found: dict[str, float] = {}
     for key, (server, names) in asked.items():
         repeated = [names[i % len(names)] for i in range(LATENCY_QUESTIONS)]
-        taken = _latencies(server, repeated)
+        taken = latencies(server, repeated)
         found[f"{key} p50"], found[f"{key} p99"] = (percentile(taken, p) for p in (50, 99))
-        found[f"{key} rate"] = _dnsperf(bed, server, names, "-l", f"{seconds:g}")
+        found[f"{key} rate"] = dnsperf(bed.directory, server, names, "-l", f"{seconds:g}")
     return found
 
 
-def _latencies(server: str, names: Iterable[str]) -> list[float]:
-    """Milliseconds for each name, asked one after the other over UDP."""
+def latencies(server: str, names: Sequence[str]) -> list[float]:
+    """Milliseconds for the address of each name, asked one after the other over UDP."""
     taken = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
         end.settimeout(10)
@@ -76,9 +78,9 @@ def _latencies(server: str, names: Iterable[str]) -> list[float]:
     return taken
 
 
-def _dnsperf(bed: Bed, server: str, names: Sequence[str], *options: str) -> float:
+def dnsperf(directory: Path, server: str, names: Sequence[str], *options: str) -> float:
     """Answers a second to questions of 4 clients with up to 50 on their way."""
-    questions = bed.directory / "questions"
+    questions = directory / "questions"
     questions.write_text("".join(f"{name} A\n" for name in names))
     command = ["dnsperf", "-s", server, "-d", str(questions), "-c", "4", "-q", "50", *options]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

@@ -52,16 +52,16 @@ def _many_descriptors() -> Iterator[None]:
 
 
 def _by_process(bed: Bed) -> dict[str, float]:
-    return {name: sum(_rollup(pid)["Pss"] for pid in pids) for name, pids in bed.vnet().items()}
+    return {name: sum(rollup(pid)["Pss"] for pid in pids) for name, pids in bed.vnet.pids().items()}
 
 
 def _sizes(bed: Bed) -> dict[str, float]:
     """Megabytes of all VNet processes together."""
-    rollups = [_rollup(pid) for pids in bed.vnet().values() for pid in pids]
+    rollups = [rollup(pid) for pids in bed.vnet.pids().values() for pid in pids]
     return {key: sum(rollup[key] for rollup in rollups) for key in ("Pss", "Pss_Anon")}
 
 
-def _rollup(pid: int) -> dict[str, float]:
+def rollup(pid: int) -> dict[str, float]:
     """proc(5), /proc/PID/smaps_rollup, in megabytes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     pairs = (line.split() for line in lines)

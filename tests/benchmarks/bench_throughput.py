@@ -1,25 +1,18 @@
 """Bytes per second through VNet, beside direct TLS and beside compiled relays.
 
-The load is socat, one process per stream, between /dev/zero or /dev/null and the connection. What
-it moved is read from its I/O counters (proc(5), /proc/PID/io), after a second of warming up: the
-program's bytes, without framing.
+The load is `bench_socat`, one process per stream.
 """
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import psutil
 from bench_bed import BACKENDS, LOCAL, RELAYS, Bed, direct_address, name_of, start_relays
 from bench_figures import Aim, Compare, Figure, medians
-from bench_programs import SOCAT_BLOCK, cpu_seconds
+from bench_socat import DIRECTIONS, move
 
 STREAMS = (1, 8)
-WARM_UP_SECONDS = 1.0
-DIRECTIONS = {"up": "sink", "down": "source"}
 AIM = Aim(Compare.RATIO, least=0.5)
 
 
@@ -58,48 +51,26 @@ def _round(bed: Bed, paths: list[str], seconds: float) -> dict[str, float]:
 
 def _load(bed: Bed, path: str, direction: str, streams: int, seconds: float) -> dict[str, float]:
     """Gbit/s, and CPU seconds per gigabyte by process, of one path."""
-    with ExitStack() as running:
-        loads = [
-            running.enter_context(_running(_command(bed, path, direction))) for _ in range(streams)
-        ]
-        time.sleep(WARM_UP_SECONDS)
-        watched = _watched(bed, path, direction) | {"client": [load.pid for load in loads]}
-        cpu = {name: -cpu_seconds(pids) for name, pids in watched.items()}
-        begin, before = time.monotonic(), _moved(loads, direction)
-        time.sleep(seconds)
-        elapsed, moved = time.monotonic() - begin, _moved(loads, direction) - before
-        for name, pids in watched.items():
-            cpu[name] += cpu_seconds(pids)
+    moved = move(
+        _address(bed, path, direction),
+        direction,
+        streams,
+        seconds,
+        lambda: _watched(bed, path, direction),
+    )
     key = f"{direction} {streams}"
-    found = {f"{path} {key}": moved * 8 / elapsed / 1e9}
-    return found | {f"cpu {path} {key} {name}": s / moved * 1e9 for name, s in cpu.items()}
+    found = {f"{path} {key}": moved.gbits}
+    return found | {f"cpu {path} {key} {name}": spent for name, spent in moved.cpu.items()}
 
 
-def _command(bed: Bed, path: str, direction: str) -> list[str]:
+def _address(bed: Bed, path: str, direction: str) -> str:
+    """The socat address that leads to the app by this path."""
     app = DIRECTIONS[direction]
-    address = {
-        "direct": lambda: direct_address(bed, app),
-        "vnet": lambda: f"TCP:{name_of(app)}:{BACKENDS[app]},nodelay",
-    }.get(path, lambda: f"TCP:{LOCAL}:{RELAYS[path][app]},nodelay")()
-    if direction == "up":
-        return ["socat", "-u", SOCAT_BLOCK, "OPEN:/dev/zero,rdonly", address]
-    return ["socat", "-u", SOCAT_BLOCK, address, "OPEN:/dev/null,wronly"]
-
-
-@contextmanager
-def _running(command: list[str]) -> Iterator[psutil.Process]:
-    load = subprocess.Popen(command)
-    try:
-        yield psutil.Process(load.pid)
-    finally:
-        load.kill()
-        load.wait()
-
-
-def _moved(loads: list[psutil.Process], direction: str) -> int:
-    """Bytes read from /dev/zero, or written to /dev/null."""
-    counters = [load.io_counters() for load in loads]
-    return sum(c.read_chars if direction == "up" else c.write_chars for c in counters)
+    if path == "direct":
+        return direct_address(bed, app)
+    if path == "vnet":
+        return f"TCP:{name_of(app)}:{BACKENDS[app]},nodelay"
+    return f"TCP:{LOCAL}:{RELAYS[path][app]},nodelay"
 
 
 def _watched(bed: Bed, path: str, direction: str) -> dict[str, list[int]]:
@@ -107,7 +78,7 @@ def _watched(bed: Bed, path: str, direction: str) -> dict[str, list[int]]:
     watched = {"far end": bed.programs.pids("far") + bed.programs.pids(app)}
     if path == "vnet":
         proxies: list[int] = []
-        for name, pids in bed.vnet().items():
+        for name, pids in bed.vnet.pids().items():
             if name.startswith("proxy-"):
                 proxies += pids
             else:

@@ -39,6 +39,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from workers.proxy.dial import dial
+from workers.proxy.dial_plan import DialPlan, TlsPlan
 from workers.proxy.reactor import Reactor
 from workers.proxy.relay import Relay
 
@@ -129,7 +130,7 @@ def run_vnet(directory: Path, ready) -> None:
 async def relay_forever(directory: Path, ready) -> None:
     loop = asyncio.get_running_loop()
     reactor = Reactor(loop)
-    context = client_context(directory)
+    plan = DialPlan(HOST, TLS_PORT, TlsPlan(client_context(directory), "localhost"))
     listener = socket.create_server((HOST, PORTS["vnet"]), backlog=2048)
     listener.setblocking(False)
     relays: set[Relay] = set()
@@ -137,7 +138,7 @@ async def relay_forever(directory: Path, ready) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: gc.collect())
 
     async def join(local: socket.socket) -> None:
-        upstream = await dial(HOST, TLS_PORT, context, "localhost", 10, reactor)
+        upstream = await dial(plan, 10, reactor)
         relay = Relay(reactor, local, upstream, lambda _: relays.discard(relay))
         relays.add(relay)
         relay.start()

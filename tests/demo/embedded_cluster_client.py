@@ -1,6 +1,10 @@
 """A small Teleport client for tests: plain `ssl` and grpclib, nothing of our own client."""
 
 import asyncio
+import base64
+import contextlib
+import hashlib
+import json
 import socket
 import ssl
 import tempfile
@@ -11,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpclib.client import Channel
 
-from workers.proxy.teleport.pb import auth_grpc, auth_pb2
+from workers.proxy.teleport.pb import auth_grpc, auth_pb2, mfa_pb2
 
 DOMAIN = "teleport.cluster.local"
 VERSION = {"version": "18.0.0"}
@@ -27,10 +31,11 @@ def encoded(cluster: str) -> str:
 
 
 class TlsClient:
-    """A blocking TLS connection whose directions end one by one."""
+    """A blocking TLS connection whose directions end one by one; `address` may be a socket."""
 
     def __init__(self, address, context, server_name):
-        self.sock = socket.create_connection(address, timeout=10)
+        connected = isinstance(address, socket.socket)
+        self.sock = address if connected else socket.create_connection(address, timeout=10)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=server_name)
         try:
@@ -68,10 +73,9 @@ class TlsClient:
         self._flush()
 
     def send_eof(self):
-        try:
+        with contextlib.suppress(ssl.SSLWantReadError):
             self.tls.unwrap()
-        except ssl.SSLWantReadError:
-            self._flush()
+        self._flush()
 
     def recv(self):
         """Some plaintext; empty after the server's close_notify."""
@@ -135,27 +139,32 @@ class Home:
             channel.close()
 
     def app(self, pem: "AppPair", protocols=("teleport-tcp-ping", "teleport-tcp")) -> TlsClient:
+        return TlsClient(self.address, self.pair_context(pem, protocols), self.proxy_host)
+
+    def pair_context(self, pem: "AppPair", protocols, *, ca=None) -> ssl.SSLContext:
         with tempfile.NamedTemporaryFile() as file:
             file.write(pem.key + pem.certificate)
             file.flush()
-            context = self.context(list(protocols), certificate=file.name, key=file.name)
-        return TlsClient(self.address, context, self.proxy_host)
+            return self.context(list(protocols), ca=ca, certificate=file.name, key=file.name)
 
 
 class TlsChannel(Channel):
-    """A grpclib channel with an SNI of its own."""
+    """A grpclib channel with an SNI of its own; `address` may be a socket."""
 
     def __init__(self, address, context, server_name):
-        super().__init__(*address, ssl=context)
+        self._sock = address if isinstance(address, socket.socket) else None
+        super().__init__(*(("", 0) if self._sock else address), ssl=context)
         self._context = context
         self._server_name = server_name
 
     async def _create_connection(self):
         loop = asyncio.get_running_loop()
+        place = {"host": self._host, "port": self._port}
+        if self._sock is not None:
+            place = {"sock": self._sock.dup()}  # the loop closes what it is given
         _, protocol = await loop.create_connection(
             self._protocol_factory,
-            self._host,
-            self._port,
+            **place,
             ssl=self._context,
             server_hostname=self._server_name,
         )
@@ -204,6 +213,59 @@ async def app_pair(home: Home, route: dict[str, Any], **changes) -> AppPair:
         certs = await stub.GenerateUserCerts(request, metadata=VERSION)
     pair.certificate = certs.TLS
     return pair
+
+
+async def database_pair(home: Home, route: dict[str, Any], **changes) -> AppPair:
+    """A database certificate from the root cluster, as a local proxy asks for it."""
+    pair = AppPair()
+    usage = {"Usage": REQUEST.Database, "RequesterName": REQUEST.TSH_DB_LOCAL_PROXY_TUNNEL}
+    request = cert_request(home, pair, {}, **{**usage, **changes})
+    request.RouteToDatabase.CopyFrom(auth_pb2.RouteToDatabase(**route))
+    async with home.auth() as channel:
+        stub = auth_grpc.AuthServiceStub(channel)
+        pair.certificate = (await stub.GenerateUserCerts(request, metadata=VERSION)).TLS
+    return pair
+
+
+def session_challenge(**fields) -> auth_pb2.CreateAuthenticateChallengeRequest:
+    """What a client sends before it asks for a certificate with MFA."""
+    return auth_pb2.CreateAuthenticateChallengeRequest(
+        ContextUser=auth_pb2.ContextUser(),
+        ChallengeExtensions=mfa_pb2.ChallengeExtensions(scope=mfa_pb2.CHALLENGE_SCOPE_USER_SESSION),
+        **fields,
+    )
+
+
+class SoftwareKey:
+    """Answers in place of the demo user's security key (WebAuthn level 2, section 6.3.3)."""
+
+    def __init__(self, home: Path):
+        document = json.loads((home / "webauthn-credential.json").read_text())
+        self.rp_id = document["rp_id"]
+        self.credential_id = base64.b64decode(document["credential_id"])
+        self.user_handle = base64.b64decode(document["user_handle"])
+        pem = document["private_key"].encode()
+        self._key = serialization.load_pem_private_key(pem, None)
+
+    def answer(
+        self, challenge, origin, *, kind="webauthn.get", flags=1, rp_id=None, credential_id=None
+    ) -> auth_pb2.MFAAuthenticateResponse:
+        options = challenge.WebauthnChallenge.public_key
+        assert [d.id for d in options.allow_credentials] == [self.credential_id]
+        encoded_challenge = base64.urlsafe_b64encode(options.challenge).rstrip(b"=").decode()
+        client_data = json.dumps(
+            {"type": kind, "challenge": encoded_challenge, "origin": origin}
+        ).encode()
+        rp_hash = hashlib.sha256((rp_id or options.rp_id).encode()).digest()
+        data = rp_hash + bytes([flags]) + bytes(4)
+        signed = data + hashlib.sha256(client_data).digest()
+        response = auth_pb2.MFAAuthenticateResponse()
+        response.Webauthn.type = "public-key"
+        response.Webauthn.raw_id = credential_id or self.credential_id
+        response.Webauthn.response.client_data_json = client_data
+        response.Webauthn.response.authenticator_data = data
+        response.Webauthn.response.signature = self._key.sign(signed, ec.ECDSA(hashes.SHA256()))
+        return response
 
 
 def frame(data: bytes) -> bytes:

@@ -18,7 +18,8 @@ user = "bob@example.test"
 logins = ["bob", "root"]
 roles = ["access", "dev"]
 cert_ttl_seconds = 60
-tls_routing = true
+tls_routing = false
+ssh_proxy_port = 3023
 conn_upgrade_required = false
 ping_interval_seconds = 5
 
@@ -43,6 +44,8 @@ session_mfa = false
 name = "orders"
 protocol = "postgres"
 uri = "127.0.0.1:5432"
+session_mfa = true
+allowed_roles = ["dba"]
 
 [[clusters]]
 name = "leaf.example.test"
@@ -50,6 +53,7 @@ leaf_of = "root.example.test"
 """
 ROOT = '[[clusters]]\nname = "r.test"\nproxy_addr = "p.r.test:443"\n'
 APP = ROOT + '[[clusters.apps]]\nname = "a"\n'
+DATABASE = "[[clusters.databases]]\nname = 'd'\nprotocol = 'postgres'\n"
 TCP_APP = APP + 'uri = "tcp://h:1"\n'
 
 
@@ -62,7 +66,10 @@ def test_every_documented_key_is_understood():
     )
     assert root.cert_ttl_seconds == 60
     assert root.ping_interval_seconds == 5
+    assert root.ssh_proxy_addr == "teleport.root.example.test:3023"
     assert root.apps[0].backend(0) == ("127.0.0.1", 5432)
+    assert root.databases[0].backend == ("127.0.0.1", 5432)
+    assert root.databases[0].allowed_roles == ("dba",)
     assert leaf.leaf_of == root.name
 
 
@@ -121,6 +128,13 @@ def test_multi_port_app_leads_to_the_target_port():
         (TCP_APP + "[[clusters.apps]]\nname = 'A'\nuri = 'tcp://h:1'\n", "clusters[0].apps"),
         (ROOT + "[[clusters.nodes]]\nhostname = 'n'\naddr = 'n'\n", "clusters[0].nodes[0].addr"),
         (ROOT + "[[clusters.databases]]\nname = 'd'\nuri = 'h:1'\n", "protocol"),
+        (ROOT + DATABASE + "uri = 'h'\n", "clusters[0].databases[0].uri"),
+        (ROOT + DATABASE + "uri = 'h:0'\n", "clusters[0].databases[0].uri"),
+        (ROOT + DATABASE + "uri = 'h:1'\nsession_mfa = 1\n", "session_mfa"),
+        (ROOT + 2 * (DATABASE + "uri = 'h:1'\n"), "clusters[0].databases: two have the same"),
+        (ROOT + "ssh_proxy_port = 70000\n", "ssh_proxy_port"),
+        (ROOT + "ssh_proxy_port = 3023\n", "clusters[0].ssh_proxy_port"),
+        (ROOT + "tls_routing = false\nssh_proxy_port = 443\n", "clusters[0].ssh_proxy_port"),
     ],
 )
 def test_error_names_the_key(text, key):

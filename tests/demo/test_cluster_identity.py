@@ -7,7 +7,13 @@ from cryptography.x509.oid import NameOID
 
 from demo.cluster.authorities import issue_user_certificate, make_authority
 from demo.cluster.errors import IdentityError
-from demo.cluster.identity import AppRoute, Identity, decode_peer, encode_subject
+from demo.cluster.identity import (
+    AppRoute,
+    DatabaseRoute,
+    Identity,
+    decode_peer,
+    encode_subject,
+)
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 IDENTITY = Identity(
@@ -20,11 +26,13 @@ IDENTITY = Identity(
     route_to_cluster="leaf.demo.test",
     traits={"logins": ("alice", "jürgen")},
     route_to_app=AppRoute("pg", "pg.demo.test", "demo.test", "00ff", 5432),
+    route_to_database=DatabaseRoute("orders", "postgres", "bob", "app"),
     access_requests=("r1", "r2"),
     login_ip="127.0.0.1",
     mfa_verified="device",
     previous_identity_expires=NOW + timedelta(hours=2),
     disallow_reissue=True,
+    not_before=NOW,
 )
 CA = make_authority("demo.test", NOW)
 
@@ -47,6 +55,7 @@ def peer_of(identity):
             tuple((names.get(a.oid, a.oid.dotted_string), a.value) for a in rdn)
             for rdn in decoded.subject.rdns
         ),
+        "notBefore": decoded.not_valid_before_utc.strftime("%b %d %H:%M:%S %Y GMT"),
         "notAfter": decoded.not_valid_after_utc.strftime("%b %d %H:%M:%S %Y GMT"),
     }
 
@@ -117,3 +126,17 @@ def test_route_needs_session_address_and_cluster():
     route = AppRoute("pg", "", "demo.test", "00ff")
     peer = peer_of(Identity("alice", ("access",), "demo.test", NOW, route_to_app=route))
     assert decode_peer(peer).route_to_app is None
+
+
+def test_database_route_stands_in_its_own_attributes():
+    subject = {a.oid.dotted_string: a.value for a in encode_subject(IDENTITY)}
+    assert [subject[f"1.3.9999.2.{number}"] for number in (1, 2, 3, 4)] == [
+        *("orders", "postgres", "bob", "app")
+    ]
+
+
+def test_certificate_is_current_between_its_dates():
+    hour = timedelta(hours=1)
+    assert IDENTITY.is_current(NOW)
+    assert not IDENTITY.is_current(NOW - hour)
+    assert not IDENTITY.is_current(NOW + hour)

@@ -91,3 +91,52 @@ def test_escaped_string_is_read_back(text):
 def test_any_expression_raises_only_its_own_error(expression):
     with contextlib.suppress(PredicateError):
         assert compile_predicate(expression)(FIELDS) in {True, False}
+
+
+@pytest.mark.parametrize(
+    ("expression", "needs"),
+    [
+        ('name == "a"', {("name", "a")}),
+        ('"a" == name', {("name", "a")}),
+        (
+            'equals(name, "a") || (resource.metadata.name == "b")',
+            {("name", "a"), ("resource.metadata.name", "b")},
+        ),
+        ('name == "a" && search("x")', {("name", "a")}),
+        ('search("x") && name == "a"', {("name", "a")}),
+        ('name == "a" || search("x")', None),
+        ('name != "a"', None),
+        ('!(name == "a")', None),
+        ('labels["name"] == "a"', None),
+        ("name == resource.metadata.name", None),
+        ("", None),
+    ],
+)
+def test_expression_tells_what_a_match_needs(expression, needs):
+    assert compile_predicate(expression).needs == needs
+
+
+TEXTS = st.sampled_from(["pg", "x", "pg.demo.test", ""])
+EQUALITIES = st.builds(
+    '{} {} "{}"'.format,
+    st.sampled_from(["name", "resource.metadata.name", "resource.spec.public_addr"]),
+    st.sampled_from(["==", "!="]),
+    TEXTS,
+)
+EXPRESSIONS = st.recursive(
+    EQUALITIES,
+    lambda inner: st.one_of(
+        st.builds("({} || {})".format, inner, inner),
+        st.builds("({} && {})".format, inner, inner),
+        st.builds("!({})".format, inner),
+    ),
+    max_leaves=8,
+)
+
+
+@given(EXPRESSIONS, TEXTS, TEXTS)
+def test_every_match_holds_one_of_the_needed_equalities(expression, name, address):
+    fields = {**FIELDS, "name": name, "resource.spec.public_addr": address}
+    predicate = compile_predicate(expression)
+    if predicate(fields) and predicate.needs is not None:
+        assert any(fields[field] == text for field, text in predicate.needs)

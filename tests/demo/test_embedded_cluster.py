@@ -30,6 +30,7 @@ from embedded_cluster_client import (
     cert_request,
     encoded,
     frame,
+    session_challenge,
     unframe,
 )
 from google.protobuf.empty_pb2 import Empty
@@ -186,6 +187,7 @@ def test_home_is_what_tsh_login_leaves(tmp_path):
         assert files == {
             *(f"keys/localhost/{name}" for name in keys),
             *("current-profile", "localhost.yaml", "known_hosts", "web-ca.pem", "totp-secret"),
+            "webauthn-credential.json",
         }
         for path in (home.path / "keys").rglob("*"):
             assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
@@ -825,9 +827,7 @@ def test_one_time_password_opens_an_app_that_demands_it(tmp_path):
         async with auth_stub(home) as stub:
             assert (await stub.IsMFARequired(asked)).MFARequired == auth_pb2.MFA_REQUIRED_YES
             challenge = await stub.CreateAuthenticateChallenge(
-                auth_pb2.CreateAuthenticateChallengeRequest(
-                    ContextUser=auth_pb2.ContextUser(), MFARequiredCheck=asked
-                )
+                session_challenge(MFARequiredCheck=asked)
             )
             assert challenge.HasField("TOTP")
             free = auth_pb2.IsMFARequiredRequest(App=auth_pb2.RouteToApp(**route("echo")))

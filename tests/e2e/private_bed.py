@@ -319,13 +319,22 @@ class Bed:
 
     @contextlib.contextmanager
     def faults(self, *lines: str) -> Iterator[None]:
-        """Faults of the embedded cluster, for as long as the block lasts."""
+        """Faults of the embedded cluster, in effect when the block begins and gone when it ends."""
         path = self.path(self.environment["TELEPORT_HOME"]) / "faults"
-        path.write_text("".join(f"{line}\n" for line in lines))
+        taken = path.with_suffix(".taken")
+
+        def is_taken(text: str) -> bool:
+            return (taken.read_text() if taken.exists() else "") == text
+
+        before = path.read_text() if path.exists() else ""
+        wanted = "".join(f"{line}\n" for line in lines)
+        path.write_text(wanted)
         try:
+            wait_until(lambda: is_taken(wanted), "the faults are in effect")
             yield
         finally:
-            path.unlink()
+            path.write_text(before)
+        wait_until(lambda: is_taken(before), "the faults are gone")
 
 
 def _is_address(text: str) -> bool:

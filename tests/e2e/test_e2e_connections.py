@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -119,6 +120,23 @@ def test_a_port_that_the_app_does_not_have_is_refused_at_once(bed, port):
     address = bed.resolve(PORTS)[0]
     assert bed.seconds_until_refused(address, port) < AT_ONCE_SECONDS
     wait_until(lambda: f"{address}:{port} refused (port_not_allowed)" in bed.log(), "a log line")
+
+
+@pytest.mark.parametrize("kind", ["A", "AAAA"])
+@pytest.mark.parametrize("name", ["node.e2e.test", "nothing.teleport.e2e.test"])
+def test_a_name_below_the_clusters_leads_to_the_web_proxy_and_nowhere_else(bed, name, kind):
+    address = bed.resolve(name, kind)[0]
+    for port, reason in ((80, "no app and no database has this name"), (22, "tsh ssh")):
+        assert bed.seconds_until_refused(address, port) < AT_ONCE_SECONDS
+        wait_until(lambda reason=reason: reason in bed.log(), "a log line")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with (
+        bed.connect(address, 3080) as end,
+        context.wrap_socket(end, server_hostname="teleport.e2e.test") as web,
+    ):
+        web.sendall(b"GET /webapi/ping HTTP/1.1\r\nHost: teleport.e2e.test\r\n\r\n")
+        assert web.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_an_unassigned_address_is_refused_at_once(bed):

@@ -89,11 +89,12 @@ def test_an_unassigned_address_has_no_name(bed):
     assert [record[3] for record in answer.authority] == ["SOA"]
 
 
-def test_the_name_of_the_proxy_is_forwarded(bed):
-    answer = dig(bed, PROXY, "A")
+@pytest.mark.parametrize("name", [PROXY, "web.teleport.e2e.test"])
+def test_names_of_the_proxy_and_of_web_apps_are_forwarded(bed, name):
+    answer = dig(bed, name, "A")
     assert answer.status == "NOERROR"
     assert answer.answers[0][4] == "127.0.1.1"
-    assert raw(bed, PROXY) == raw(bed, PROXY, UPSTREAM)
+    assert raw(bed, name) == raw(bed, name, UPSTREAM)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +104,6 @@ def test_the_name_of_the_proxy_is_forwarded(bed):
         ("e2e.test", "NOERROR"),  # exists upstream as a name above another
         ("nothing.corp.example.test", "NXDOMAIN"),
         ("a.b.corp.example.test", "NXDOMAIN"),
-        ("nothing.teleport.e2e.test", "NXDOMAIN"),
-        ("web.teleport.e2e.test", "NXDOMAIN"),  # a web app, which is not VNet's
         ("example.org", "NXDOMAIN"),
         ("localhost", "NXDOMAIN"),
         (".", "NXDOMAIN"),
@@ -115,6 +114,13 @@ def test_what_is_no_tcp_app_is_answered_by_the_upstream_server(bed, name, status
     assert answer.status == status
     assert answer.answers == answer.authority == []
     assert raw(bed, name) == raw(bed, name, UPSTREAM)
+
+
+def test_a_database_name_that_nothing_has_does_not_exist(bed):
+    for kind in ("A", "AAAA"):
+        answer = dig(bed, "orders.db.teleport.e2e.test", kind)
+        assert (answer.status, answer.answers) == ("NXDOMAIN", [])
+        assert [record[0] for record in answer.authority] == ["db.teleport.e2e.test."]
 
 
 @pytest.mark.parametrize(

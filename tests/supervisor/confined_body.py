@@ -108,9 +108,11 @@ def configuration(common: m.Common) -> m.Message:
                 teleport_home="",
                 user_home="",
                 book_path="",
+                prompts_dir="",
                 max_connections=1,
                 ca_file="",
                 insecure=False,
+                mfa_seconds=5.0,
             )
 
 

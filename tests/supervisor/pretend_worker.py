@@ -21,11 +21,21 @@ BEHAVIOURS: dict[str, Behaviour] = {}
 
 
 class Marker:
-    """A flag in memory that a test shares with the workers, which can open no file."""
+    """A flag and a small count in memory that a test shares with the workers.
+
+    Workers can open no file.
+    """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 1)
+        self._memory = mmap.mmap(-1, 2)
         self.is_set = True
+
+    @property
+    def count(self) -> int:
+        return self._memory[1]
+
+    def add_one(self) -> None:
+        self._memory[1] += 1
 
     @property
     def is_set(self) -> bool:
@@ -88,12 +98,16 @@ def crash_while(marker: Marker) -> Behaviour:
     return behave
 
 
-def send_raw(*datagrams: bytes) -> Behaviour:
-    """Becomes ready, writes these to its channel and lives on."""
+def send_raw(*datagrams: bytes, after: Marker | None = None) -> Behaviour:
+    """Becomes ready, writes these to its channel (once `after` is not set) and lives on."""
 
     async def behave(runtime: AnyRuntime) -> None:
+        if runtime.config.common.slot.startswith("proxy-"):
+            runtime.send(m.ClustersReported(clusters=[]))
         runtime.ready()
         await asyncio.sleep(0.05)
+        while after is not None and after.is_set:
+            await asyncio.sleep(0.01)
         for datagram in datagrams:
             os.write(runtime._channel.fileno(), datagram)
         await runtime.stopping.wait()

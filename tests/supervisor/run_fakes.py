@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ipc import messages as m
 from supervisor import network
+from supervisor.clusters import ClusterView
 from supervisor.config import Config, NetworkConfig
 from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits
@@ -59,12 +60,10 @@ class FakeRun:
     were_ready: bool = True
     started_at: float = 0.0
     past_counters: dict[str, int] = field(default_factory=dict)
-    report: m.ClustersReported | None = field(
-        default_factory=lambda: m.ClustersReported(clusters=[CLUSTER])
-    )
+    report: ClusterView | None = field(default_factory=lambda: ClusterView([CLUSTER], ""))
     orders: list[object] = field(default_factory=list)
 
-    def cluster_report(self) -> m.ClustersReported | None:
+    def cluster_report(self) -> ClusterView | None:
         return self.report
 
     def order_stop(self) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,8 +42,12 @@ class NoDataPlane:
 
     dns_descriptors = tun_descriptors
 
-    def set_ranges(self, ranges: list[str]) -> None:
+    def set_ranges(self, ranges: list[str]) -> dict[str, OSError]:
         """All the same."""
+        return {}
+
+    def host_addresses(self) -> list[bytes]:
+        return []
 
     def close(self) -> None:
         os.close(self._null)
@@ -70,6 +75,8 @@ class SupervisedRun:
         if self.pid == 0:
             try:
                 self._live()
+            except BaseException:  # noqa: BLE001  # the log is shown when the test fails
+                traceback.print_exc()
             finally:
                 os._exit(99)
 

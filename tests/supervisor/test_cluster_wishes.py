@@ -1,12 +1,17 @@
 """What clusters may ask of this machine (supervisor.clusters)."""
 
+from ipaddress import ip_address
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from run_fakes import CLUSTER, NETWORK
 
+from ipc import messages as m
+from ipc.messages import ClusterState
 from supervisor import clusters
+from supervisor.cluster_memory import ClusterMemory
 
 OWN = NETWORK.ranges[0]
 UPSTREAM = [bytes([10, 9, 0, 1]), b"\xfd" + bytes(15)]
@@ -39,6 +44,65 @@ def test_cluster_that_was_not_asked_yet_keeps_what_it_said_before():
     assert found.state == "unreachable"
     # The next such report is completed from this one.
     assert clusters.complete([fresh], [found]) == [found]
+
+
+def test_leaves_are_kept_until_their_root_was_asked_again():
+    root, leaf = report(), report("leaf.test", leaf_of="root.test", ranges=["10.1.0.0/16"])
+    fresh = report(zones=[], ranges=[], is_configured=False, state="unreachable")
+    assert clusters.complete([fresh], [root, leaf])[1:] == [leaf]
+    # Once the root has answered it alone says which leaves there are.
+    assert clusters.complete([root], [root, leaf]) == [root]
+
+
+@pytest.mark.parametrize(("state", "is_kept"), [
+    ("ok", True), ("unreachable", True), ("login_expired", True),
+    ("no_login", False), ("hardware_key", False),
+])  # fmt: skip
+def test_what_a_cluster_wanted_ends_with_the_login(state, is_kept):
+    before = [report(ranges=["10.1.0.0/16"]), report("leaf.test", leaf_of="root.test")]
+    fresh = report(zones=[], ranges=[], is_configured=False, state=state)
+    found = clusters.complete([fresh], before)
+    assert (len(found) == 2, found[0].ranges == ["10.1.0.0/16"]) == (is_kept, is_kept)
+
+
+@pytest.mark.parametrize(("changes", "matters"), [
+    ({"state": m.ClusterState.NO_LOGIN}, True), ({"user": "bob"}, True), ({"zones": []}, True),
+    ({"is_configured": False}, True), ({"profile": "other.test"}, True),
+    ({"state": m.ClusterState.UNREACHABLE}, False), ({"problem": "it is slow"}, False),
+    ({"expires": None}, False), ({"ranges": []}, False),
+])  # fmt: skip
+def test_only_a_change_of_logins_or_zones_may_change_whose_a_name_is(changes, matters):
+    before = clusters.ClusterView([report(), report("leaf.test", leaf_of="root.test")], "")
+    after = clusters.ClusterView([report(**changes), *before.clusters[1:]], "")
+    assert (clusters.names_of(before) != clusters.names_of(after)) == matters
+    assert clusters.names_of(None) != clusters.names_of(before)
+
+
+def test_what_was_said_is_remembered_on_disk(tmp_path):
+    memory = ClusterMemory(tmp_path / "clusters.json")
+    assert memory.read() == []
+    kept = report(
+        zones=["corp.test"], ranges=["10.1.0.0/16"], problem="p", proxy_addresses=[b"1234"]
+    )
+    memory.write([kept, report("new.test", is_configured=False)])
+    [found] = ClusterMemory(tmp_path / "clusters.json").read()
+    assert (found.name, found.zones, found.ranges) == (kept.name, kept.zones, kept.ranges)
+    assert (found.proxy_addresses, found.problem) == (kept.proxy_addresses, "")
+    assert (tmp_path / "clusters.json").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "clusters.json").write_bytes(b"[{")
+    assert memory.read() == []
+
+
+def test_range_may_not_cover_a_proxy_or_this_machine():
+    proxy = ip_address("10.7.0.1").packed
+    cluster = msgspec.structs.replace(
+        CLUSTER, ranges=["10.7.0.0/16", "10.8.0.0/16"], proxy_addresses=[proxy]
+    )
+    gateway = ip_address("10.8.0.254").packed
+    found = clusters.accept([cluster], NETWORK, UPSTREAM, [gateway])
+    assert found.ranges == [OWN]
+    assert "contains the Teleport proxy 10.7.0.1" in found.problems[0]
+    assert "gateway of this machine, 10.8.0.254" in found.problems[1]
 
 
 def test_only_the_same_cluster_and_only_what_was_certain_is_kept():
@@ -121,3 +185,14 @@ def test_any_wish_gets_an_answer(zones, ranges):
     found = accept(zones=zones, ranges=ranges)
     assert found.ranges[0] == OWN
     assert all(clusters.is_zone(zone) for zone in found.zones)
+
+
+def test_a_cluster_is_well_only_if_it_is_for_every_proxy():
+    well, other = report(), report("other.test")
+    failing = report(state=ClusterState.UNREACHABLE, problem="root.test cannot be reached")
+    first = clusters.ClusterView([well, other], "")
+    for views in ([[failing, other], [well, other]], [[well, other], [other, failing]]):
+        found = clusters.combine([clusters.ClusterView(view, "") for view in views])
+        assert sorted(c.state for c in found.clusters) == ["ok", "unreachable"]
+        assert [c.problem for c in found.clusters if c.problem] == [failing.problem]
+    assert clusters.combine([first, clusters.ClusterView([], "")]) == first

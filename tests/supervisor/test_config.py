@@ -32,6 +32,7 @@ max_connections = 10000
 [teleport]
 ca_file = ""
 insecure = false
+mfa_seconds = 110
 
 [supervisor]
 restart_max = 5
@@ -116,6 +117,8 @@ def test_integers_do_for_seconds():
         ("proxy.workers = 65", "proxy.workers", "must be 1 to 64"),
         ("proxy.max_connections = 0", "proxy.max_connections", "must be 1 to 1000000"),
         ("teleport.ca_file = 'ca.pem'", "teleport.ca_file", "must be an absolute path"),
+        ("teleport.mfa_seconds = 4.9", "teleport.mfa_seconds", "must be 5 to 110"),
+        ("teleport.mfa_seconds = 111", "teleport.mfa_seconds", "must be 5 to 110"),
         ("teleport.insecure = 1", "teleport.insecure", "expected bool"),
         ("teleport_home = 'tsh'", "teleport_home", "must be an absolute path"),
         ("supervisor.restart_max = -1", "supervisor.restart_max", "must be 0 to 1000"),

@@ -207,9 +207,9 @@ def test_dns_can_ask_servers_and_open_no_file(monkeypatch, chosen, place):
         assert server.recv(100) == b"question"
 
 
-def take_port(kind: int) -> str:
+def take_port(kind: int, port: int = 0) -> str:
     with socket.socket(socket.AF_INET, kind) as end:
-        end.bind(("127.0.0.1", 0))
+        end.bind(("127.0.0.1", port))
         return "taken"
 
 
@@ -254,12 +254,13 @@ def test_proxy_reads_its_credentials_and_keeps_its_book_and_nothing_else(
         "open another's home": lambda: names(Path("/root")),
         "list all homes": lambda: names(Path("/home")),
         "list all processes": lambda: names(Path("/proc")),
-        "take a port": lambda: take_port(socket.SOCK_STREAM),
+        "take a port of its choice": lambda: take_port(socket.SOCK_STREAM, 7077),
         "make a directory": (place / "state" / "folder").mkdir,
         "make a file among the sockets": (place / "mfa" / "file").touch,
         "change the hosts": lambda: os.open("/etc/hosts", os.O_WRONLY),
     }
     works = {
+        "take any port": lambda: take_port(socket.SOCK_STREAM),
         "read the login": (place / "tsh" / "secret").read_text,
         "list the logins": lambda: names(place / "tsh"),
         "use the book": lambda: use_book(place / "state" / "book.sqlite"),
@@ -274,6 +275,7 @@ def test_proxy_reads_its_credentials_and_keeps_its_book_and_nothing_else(
     assert_all_worked(
         ended,
         {
+            "take any port": "taken",
             "read the login": "x",
             "list the logins": ["secret"],
             "use the book": 7,

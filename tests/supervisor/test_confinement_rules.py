@@ -37,6 +37,7 @@ def around(**changed: object) -> Surroundings:
         "keys": {},
         "bus_dir": Path("/run/vnet/bus"),
         "book_path": Path("/var/lib/vnet/alice/book.sqlite"),
+        "prompts_dir": Path("/run/vnet/mfa"),
     }
     return Surroundings(**values | changed)  # type: ignore[arg-type]
 
@@ -96,7 +97,7 @@ def test_proxy_may_change_only_its_state():
     reach = reach_of("proxy-1", settings(), around())
     rules = ruleset(Role.PROXY, reach, PROGRAM).rules
     changing = {rule.path for rule in rules if rule.rights & ~READ}
-    assert changing == {Path("/var/lib/vnet/alice")}
+    assert changing == {Path("/var/lib/vnet/alice"), Path("/run/vnet/mfa")}
     readable = {rule.path for rule in rules}
     assert {Path("/home/alice/.tsh"), Path("/opt/vnet"), Path("/etc")} <= readable
     assert not readable & {Path("/"), Path("/home"), Path("/home/alice"), Path("/proc")}

@@ -73,6 +73,31 @@ def test_bus_lets_its_group_through_and_nothing_be_changed():
         run.close()
 
 
+def test_prompts_have_a_directory_of_the_users_own(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    (run.path / "mfa").mkdir()
+    (run.path / "mfa" / "proxy-0.sock").touch()  # left by a run that was killed
+    prompts = run.make_prompts(USER, change_owner=False)
+    assert prompts == run.path / "mfa"
+    assert prompts.stat().st_mode & 0o7777 == 0o700
+    assert list(prompts.iterdir()) == []
+    run.close()
+    assert not run.path.exists()
+
+
+@pytest.mark.root
+def test_prompts_belong_to_the_user(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    found = run.make_prompts(USER, change_owner=True).stat()
+    assert (found.st_uid, found.st_gid) == (USER.uid, USER.gid)
+    run.close()
+
+
+def test_run_directory_leaves_room_for_every_socket(tmp_path):
+    deepest = "/mfa/proxy-63.sock"
+    assert len(deepest) + places.MAX_PATH_BYTES == 107
+
+
 def test_run_directory_that_workers_cannot_reach_is_named(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o700)
     run = RunDirectory(tmp_path / "closed" / "run")

@@ -11,6 +11,7 @@ from ipc import messages as m
 from supervisor import control_messages as cm
 from supervisor import status, status_report
 from supervisor.cli import status_view
+from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
 from supervisor.config import Config
 from supervisor.exits import ExitStatus
@@ -193,7 +194,7 @@ def test_health_has_its_exit_status():
     }
 
 
-@pytest.mark.parametrize("report", [None, m.ClustersReported(clusters=[])])
+@pytest.mark.parametrize("report", [None, ClusterView([], "")])
 def test_text_for_people_fits_80_columns(report):
     run = ready_run(report=report)
     decoded = msgspec.convert(collected(run), status.Status)

@@ -212,8 +212,12 @@ def test_worker_that_says_what_it_may_not_is_replaced_and_nobody_else(directory,
 
 def test_accused_peer_is_replaced_once(directory, marker):
     accusation = codec.encode(m.PeerMisbehaved(slot="dns", reason="line\n2026 INFO x: forged"))
-    accuse = pretend_worker.once(marker, pretend_worker.send_raw(*[accusation] * 20))
+    hold = pretend_worker.Marker()
+    accuse = pretend_worker.once(marker, pretend_worker.send_raw(*[accusation] * 20, after=hold))
     with supervised_run(directory, proxy_0=accuse) as run:
+        # Before dns is ready an accusation would be its predecessor's.
+        run.wait_until_healthy()
+        hold.is_set = False
         run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
         status = run.wait_until_healthy()
         assert sum(worker.restarts for worker in status.workers) == 1
@@ -257,7 +261,42 @@ def test_flood_of_a_worker_does_not_keep_the_supervisor_from_answering(directory
         others = [worker for worker in found.workers if worker.name != "proxy-0"]
         assert {worker.state for worker in others} == {WorkerState.READY}
         assert sum(worker.restarts for worker in others) == 0
-        assert run.log.count("proxy-0 is killed: it floods its channel") == 4
+        # Whichever limit is met first: it says too much, reads nothing, and sends no heartbeat.
+        assert run.log.count("proxy-0 is killed: ") == 4
+        assert run.log.count("gets no listener") < 100
+
+
+def test_dns_is_told_by_each_proxy_that_names_may_have_changed(directory, marker):
+    async def note(runtime):
+        def hear(message, _descriptors):
+            if isinstance(message, m.NamesChanged):
+                marker.add_one()
+
+        runtime.on_message = hear
+        marker.is_set = False
+        await pretend_worker.work(runtime)
+
+    login = m.Cluster(
+        name="root.test", profile="proxy.root.test", leaf_of=None, state=m.ClusterState.OK,
+        user="alice", expires=None, zones=[], ranges=[],
+    )  # fmt: skip
+    logged_out = msgspec.structs.replace(login, state=m.ClusterState.NO_LOGIN)
+    silent = msgspec.structs.replace(login, state=m.ClusterState.UNREACHABLE)
+
+    async def report(runtime):
+        runtime.ready()
+        while marker.is_set:
+            await asyncio.sleep(0.01)
+        for clusters in ([], [login], [silent], [logged_out]):
+            runtime.send(m.ClustersReported(clusters=clusters))
+        await runtime.stopping.wait()
+
+    with supervised_run(directory, dns=note, proxy_0=report, proxy_1=report) as run:
+        run.wait_for(lambda found: [c.state for c in found.clusters or ()] == ["no_login"])
+        deadline = time.monotonic() + 20
+        while marker.count < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert marker.count == 4
 
 
 def test_totals_of_an_ended_worker_are_kept(directory, marker):

@@ -5,7 +5,8 @@ bytes, so none is ever truncated: the longest is a PTR answer with two names of 
 share nothing, and reverse names are short.
 
 A name of VNet is a zone of its own: its SOA (RFC 2308 section 3, to make "there is none"
-cacheable) is owned by the name itself, because only the cluster knows where its zones are cut. The
+cacheable) is owned by the name itself, because only the cluster knows where its zones are cut. That
+of a name which does not exist is owned by the parent, as a zone cannot miss its own name. The
 contents of the SOA are those of an empty zone in RFC 6303 section 3.
 """
 

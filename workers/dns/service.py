@@ -3,9 +3,10 @@
     bytes ─▶ packed answers ─▶ parse ─▶ zones ─▶ names known ─▶ ask a proxy ─▶ forward upstream
              └──────────── at_once, no waiting ─────────────┘   └─────── begin, a task ───────┘
 
-Three tables, each with its own limit, so that a flood of foreign names cannot push out our own:
-packed answers by the whole query without its id; names of ours; names that are not ours. Answers
-from upstream are not kept: the servers there do that, and know their lifetimes.
+Four tables, each with its own limit, so that a flood of other names cannot push out our own:
+packed answers by the whole query without its id; names of ours; names that would be ours and that
+nothing has; names that are not ours. Answers from upstream are not kept: the servers there do that,
+and know their lifetimes.
 """
 
 import asyncio
@@ -78,6 +79,7 @@ class Limits:
 
     packed_answers: int = 4096
     own_names: int = 4096
+    missing_names: int = 4096
     foreign_names: int = 16384
     in_flight: int = 2048
 
@@ -102,6 +104,7 @@ class _State:
         self.zones = Zones(network)
         self.packed: ExpiringCache[bytes, Reply] = ExpiringCache(limits.packed_answers)
         self.own: ExpiringCache[str, tuple[NameResolved, float]] = ExpiringCache(limits.own_names)
+        self.missing: ExpiringCache[str, float] = ExpiringCache(limits.missing_names)
         self.foreign: ExpiringCache[str, bool] = ExpiringCache(limits.foreign_names)
 
 
@@ -218,8 +221,10 @@ class DnsService:
             return _refusal(query, Rcode.REFUSED)
         route = state.zones.route(query)
         if isinstance(route, HostName):
-            known = state.own.get(route.name, now)
-            return None if known is None else self._answer_name(state, query, *known)
+            if (known := state.own.get(route.name, now)) is not None:
+                return self._answer_name(state, query, *known)
+            expires = state.missing.get(route.spelling, now)
+            return None if expires is None else self._no_such_name(query, expires)
         return self._answer_place(state, query, route, now)
 
     def _answer_place(self, state: _State, query: Query, route: Route, now: float) -> Reply | None:
@@ -250,8 +255,8 @@ class DnsService:
     async def _ask_proxies(self, state: _State, query: Query, route: HostName) -> Reply | None:
         """The answer of a proxy; None when the name is not ours.
 
-        Clusters compare names byte by byte, so that one spelling is not ours says nothing of
-        another.
+        Clusters compare names byte by byte, so that one spelling is not ours, or does not exist,
+        says nothing of another.
         """
         resolved = await self._names.resolve_name(route.spelling)
         if resolved is None:
@@ -262,6 +267,10 @@ class DnsService:
             if expires != ONCE:
                 state.foreign.put(route.spelling, value=True, expires=expires)
             return None
+        if resolved.outcome is NameOutcome.NO_SUCH_NAME:
+            if expires != ONCE:
+                state.missing.put(route.spelling, expires, expires)
+            return self._no_such_name(query, expires)
         if expires != ONCE:
             state.own.put(route.name, (resolved, expires), expires)
         return self._answer_name(state, query, resolved, expires)
@@ -275,6 +284,11 @@ class DnsService:
         prefix = state.network.ipv6_prefix
         ipv6 = None if prefix is None else ipv6_twin(prefix, ipv4)
         return self._addresses(query, ipv4, ipv6, expires=expires)
+
+    def _no_such_name(self, query: Query, expires: float) -> Reply:
+        # Only its own label is known to be missing, so the zone begins behind that.
+        data = answer.nxdomain(query, max(1, len(query.labels) - 1), self._ttl)
+        return Reply(data, Outcome.NXDOMAIN, expires)
 
     async def _answer_reverse(self, query: Query, route: VirtualAddress) -> Reply:
         resolved = await self._names.resolve_address(route.ipv4)

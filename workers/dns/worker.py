@@ -10,6 +10,7 @@ from ipc.messages import (
     AnyMessage,
     ConfigureDns,
     DnsToProxy,
+    NamesChanged,
     Network,
     NetworkChanged,
     UpstreamChanged,
@@ -88,6 +89,9 @@ class _Settings:
         elif isinstance(message, UpstreamChanged):
             self._upstream = message.upstream
             self._service.forget()
+        elif isinstance(message, NamesChanged):
+            self._service.forget()
+            return
         else:
             log.error("%s is not for this worker", type(message).__name__)
             return

@@ -4,9 +4,14 @@
                        |                     |
                        +-- refused           +-- the program never came: closed after a while
 
+    DIALLING: what the name stands for --> certificate, perhaps with a second factor --> listener
+              --> proxy
+
 The program's end is known by its (address, port) on both sides, so a connection that finds no
 upstream here was admitted by a predecessor of this process, or by nobody: it is reset, and the
 program connects again.
+
+What was dialled with a login ends with it: a logout cuts. An expired certificate does not.
 """
 
 import asyncio
@@ -20,13 +25,27 @@ from ipc.addresses import ipv4_twin
 from ipc.messages import DialRequest, DialVerdict, Refusal
 from workers.proxy import dial
 from workers.proxy.book import BookError
+from workers.proxy.dial_plan import DialPlan
 from workers.proxy.listeners import NoListenerError, ProxyListeners, describe, flow_key
+from workers.proxy.long_waits import LongWaits
 from workers.proxy.naming import Naming
 from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
+from workers.proxy.refusal_log import RefusalLog
 from workers.proxy.relay import Relay, RelayOutcome
 from workers.proxy.teleport.client import Teleport
 from workers.proxy.teleport.errors import TeleportError
+from workers.proxy.teleport.targets import (
+    AppTarget,
+    ClusterTarget,
+    DatabaseTarget,
+    NoSuchName,
+    NotOurs,
+    Owner,
+    Resolution,
+    WebApp,
+)
+from workers.proxy.undecided import Meaning, WebNames, error_of, meaning_of
 from workers.proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -35,6 +54,11 @@ FlowKey = tuple[bytes, int, bytes, int]
 
 # Connect and TLS handshake with the proxy, without the certificate's issue.
 DIAL_SECONDS = 10.0
+# A proxy that restarts closes connections for a moment, and another one behind the same address
+# takes them (a cluster's proxies also forward to each other, which fails as briefly).
+RETRY_SECONDS = 0.25
+# How often those who wait too long for a certificate are looked for.
+THIN_SECONDS = 1.0
 # The program's kernel repeats its SYN within this time if the first SYN-ACK was lost.
 ACCEPT_SECONDS = 10.0
 _RESET = struct.pack("ii", 1, 0)
@@ -45,15 +69,60 @@ _REFUSALS: dict[type[dial.DialError], Refusal] = {
 }
 
 
+class _CrowdedError(TeleportError):
+    """Too many connections wait for one certificate."""
+
+    refusal = Refusal.TOO_MANY
+
+
+class _LoginEndedError(TeleportError):
+    """The login that a dial uses has ended."""
+
+    refusal = Refusal.NOT_LOGGED_IN
+
+
+class _Dial:
+    """One held SYN. `owner` is None as long as no login is used."""
+
+    __slots__ = ("is_over", "name", "owner", "request", "task")
+
+    def __init__(self, request: DialRequest) -> None:
+        self.request = request
+        self.name = ""
+        self.owner: Owner | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.is_over = False  # a verdict was given, or nobody wants one
+
+    @property
+    def key(self) -> FlowKey:
+        """Both ends, as the accepted connection has them."""
+        request = self.request
+        return (
+            request.source,
+            request.source_port,
+            request.destination,
+            request.destination_port,
+        )
+
+    @property
+    def where(self) -> str:
+        """For log lines: the name as soon as it is known."""
+        address = describe(self.request.destination, self.request.destination_port)
+        return f"{self.name} at {address}" if self.name else address
+
+
 @dataclass(slots=True)
 class _Waiting:
     upstream: Upstream
-    name: str
+    dial: _Dial
     expiry: asyncio.TimerHandle
 
 
 class Admission:
-    """All connections of this proxy. At most `max_connections` dial, wait or relay at once."""
+    """All connections of this proxy. At most `max_connections` dial, wait or relay at once.
+
+    `max_long_waits` of them may wait long for a certificate.
+    """
 
     def __init__(
         self,
@@ -64,6 +133,7 @@ class Admission:
         answer: Callable[[DialVerdict], None],
         counters: dict[str, int],
         max_connections: int,
+        max_long_waits: int,
     ) -> None:
         self.listeners: ProxyListeners
         self._loop = asyncio.get_running_loop()
@@ -74,9 +144,13 @@ class Admission:
         self._counters = counters
         self._max_connections = max_connections
         self._addresses = ProxyAddresses()
-        self._dialling: dict[int, asyncio.Task[None]] = {}
+        self._web_names = WebNames()
+        self._long_waits: LongWaits[_Dial] = LongWaits(max_total=max_long_waits)
+        self._thinning: asyncio.TimerHandle | None = None
+        self._refusal_log = RefusalLog()
+        self._dialling: dict[int, _Dial] = {}
         self._waiting: dict[FlowKey, _Waiting] = {}
-        self._relays: set[Relay] = set()
+        self._relays: dict[Relay, Owner | None] = {}
         self._bytes_of_ended = [0, 0]
         for name in ("connections_total", "connections_failed", "connections_orphaned"):
             counters[name] = 0
@@ -85,86 +159,168 @@ class Admission:
     # -- before the accept --
 
     def request(self, request: DialRequest) -> None:
-        """A SYN is held: finds out whether it may pass."""
+        """A SYN is held: finds out whether it may pass. May be asked again before the answer."""
         if request.flow_id in self._dialling:
+            return
+        wanted = _Dial(request)
+        waiting = self._waiting.get(wanted.key)
+        if waiting is not None and waiting.dial.request.flow_id == request.flow_id:
+            # The verdict was lost, or crossed the question.
+            self._answer(DialVerdict(flow_id=request.flow_id))
             return
         in_use = len(self._dialling) + len(self._waiting) + len(self._relays)
         if in_use >= self._max_connections:
-            self._refuse(request, Refusal.TOO_MANY, f"{in_use} connections are open")
+            why = f"{self._max_connections} connections are open, which is the limit"
+            self._refuse(wanted, Refusal.TOO_MANY, why)
             return
-        task = self._loop.create_task(self._admit(request))
-        self._dialling[request.flow_id] = task
-        task.add_done_callback(lambda _task: self._dialling.pop(request.flow_id, None))
+        self._dialling[request.flow_id] = wanted
+        wanted.task = self._loop.create_task(self._admit(wanted))
+        wanted.task.add_done_callback(lambda _task: self._forget(wanted))
 
     def abandon(self, flow_id: int) -> None:
         """The SYN was given up; what was dialled for it is closed."""
-        if (task := self._dialling.get(flow_id)) is not None:
-            task.cancel()
+        if (wanted := self._dialling.get(flow_id)) is not None:
+            self._stop(wanted)
 
     def is_expected(self, address: bytes, port: int) -> bool:
         """Whether an admitted connection to this virtual address and port has yet to come."""
         return any(key[2:] == (address, port) for key in self._waiting)
 
-    async def _admit(self, request: DialRequest) -> None:
-        where = describe(request.destination, request.destination_port)
+    def _forget(self, wanted: _Dial) -> None:
+        if self._dialling.get(wanted.request.flow_id) is wanted:
+            del self._dialling[wanted.request.flow_id]
+
+    async def _admit(self, wanted: _Dial) -> None:
         try:
-            name, upstream = await self._dial(request)
+            upstream = await self._dial(wanted)
         except TeleportError as error:
-            self._refuse(request, error.refusal, str(error))
+            self._refuse(wanted, error.refusal, str(error))
         except dial.DialError as error:
             refusal = _REFUSALS.get(type(error), Refusal.CLUSTER_UNREACHABLE)
-            self._refuse(request, refusal, str(error))
+            self._refuse(wanted, refusal, str(error))
         except (NoListenerError, BookError) as error:
-            self._refuse(request, Refusal.INTERNAL, str(error))
+            self._refuse(wanted, Refusal.INTERNAL, str(error))
         except Exception:  # the outermost frame of the task; the program is told something
-            log.exception("the dial for %s failed", where)
-            self._refuse(request, Refusal.INTERNAL, "internal error, see the log")
+            log.exception("the dial for %s failed", wanted.where)
+            self._refuse(wanted, Refusal.INTERNAL, "internal error, see the log")
         else:
-            self._expect(request, name, upstream)
-            self._answer(DialVerdict(flow_id=request.flow_id))
+            self._expect(wanted, upstream)
 
-    async def _dial(self, request: DialRequest) -> tuple[str, Upstream]:
-        name, target = await self._naming.target_of(ipv4_twin(request.destination))
+    async def _dial(self, wanted: _Dial) -> Upstream:
+        request = wanted.request
+        entry = self._naming.entry_of(ipv4_twin(request.destination))
+        wanted.name = entry.name
         port = request.destination_port
-        parameters = await self._teleport.dial_parameters(target, port)
-        if parameters.is_conn_upgrade_required:
-            raise dial.ProxyUnreachableError(
-                f"{parameters.host} is behind a load balancer that ends TLS; this version cannot"
-                " pass it"
-            )
+        profile = self._web_names.profile_of(entry.name, port, self._loop.time())
+        if profile is not None:
+            plan = self._teleport.web_plan(profile)
+        else:
+            plan = await self._decide(wanted, await self._naming.meaning_of(entry))
         await self.listeners.ensure(request.destination, port)
-        upstream = await dial.dial(
-            parameters.host,
-            parameters.port,
-            parameters.ssl_context,
-            parameters.server_hostname,
-            DIAL_SECONDS,
-            self._reactor,
-            known=self._addresses,
-        )
-        return name, upstream
+        return await self._connect(plan)
 
-    def _expect(self, request: DialRequest, name: str, upstream: Upstream) -> None:
-        key = (
-            request.source,
-            request.source_port,
-            request.destination,
-            request.destination_port,
-        )
-        self._give_up(key)
-        expiry = self._loop.call_later(ACCEPT_SECONDS, self._give_up, key)
-        self._waiting[key] = _Waiting(upstream, name, expiry)
+    async def _decide(self, wanted: _Dial, found: Resolution) -> DialPlan:
+        port = wanted.request.destination_port
+        web_port = None
+        if not isinstance(found, NotOurs | NoSuchName):
+            web_port = self._teleport.web_port(found.profile)
+        meaning = meaning_of(found, port, web_port)
+        match meaning, found:
+            case Meaning.DIAL, AppTarget() | DatabaseTarget():
+                return await self._certified(wanted, found)
+            case Meaning.RELAY, WebApp():
+                return self._teleport.web_plan(found.profile)
+            case Meaning.RELAY_FOR_NOW, ClusterTarget():
+                plan = self._teleport.web_plan(found.profile)
+                self._web_names.remember(wanted.name, port, found.profile, self._loop.time())
+                return plan
+            case _:
+                raise error_of(meaning, web_port)
+
+    async def _certified(self, wanted: _Dial, target: AppTarget | DatabaseTarget) -> DialPlan:
+        """The plan with a certificate in it, which a person may have to be asked for."""
+        wanted.owner = self._teleport.owner(target.profile)
+        if not self._long_waits.enter(wanted.name, wanted, self._loop.time()):
+            raise _crowded(wanted)
+        if self._thinning is None:
+            self._thinning = self._loop.call_later(THIN_SECONDS, self._thin_out)
+        try:
+            return await self._teleport.plan(target, wanted.request.destination_port)
+        finally:
+            self._long_waits.leave(wanted.name, wanted)
+
+    def _thin_out(self) -> None:
+        self._thinning = None
+        for wanted in self._long_waits.surplus(self._loop.time()):
+            self._refuse(wanted, *_told(_crowded(wanted)))
+            self._stop(wanted)
+        if len(self._long_waits):
+            self._thinning = self._loop.call_later(THIN_SECONDS, self._thin_out)
+
+    async def _connect(self, plan: DialPlan) -> Upstream:
+        """Dials; once more when the proxy was there and went away. DIAL_SECONDS for both."""
+        deadline = self._loop.time() + DIAL_SECONDS
+        try:
+            return await dial.dial(plan, DIAL_SECONDS, self._reactor, known=self._addresses)
+        except (dial.ProxyUnreachableError, dial.DialRefusedError) as error:
+            left = deadline - self._loop.time() - RETRY_SECONDS
+            if left <= 0:
+                raise
+            log.debug("dialled once more: %s", error)
+        await asyncio.sleep(RETRY_SECONDS)
+        return await dial.dial(plan, left, self._reactor, known=self._addresses)
+
+    def _expect(self, wanted: _Dial, upstream: Upstream) -> None:
+        if wanted.is_over:  # stopped in the turn in which it succeeded
+            upstream.close()
+            return
+        wanted.is_over = True
+        # Before the verdict: the program's next SYN may be here before the task has ended.
+        self._forget(wanted)
+        self._give_up(wanted.key)
+        expiry = self._loop.call_later(ACCEPT_SECONDS, self._give_up, wanted.key)
+        self._waiting[wanted.key] = _Waiting(upstream, wanted, expiry)
+        self._answer(DialVerdict(flow_id=wanted.request.flow_id))
 
     def _give_up(self, key: FlowKey) -> None:
         if (waiting := self._waiting.pop(key, None)) is not None:
             waiting.expiry.cancel()
             waiting.upstream.close()
 
-    def _refuse(self, request: DialRequest, refusal: Refusal, why: str) -> None:
+    def _refuse(self, wanted: _Dial, refusal: Refusal, why: str) -> None:
+        if wanted.is_over:
+            return
+        wanted.is_over = True
         self._counters["connections_failed"] += 1
-        where = describe(request.destination, request.destination_port)
-        log.info("connection %d to %s refused (%s): %s", request.flow_id, where, refusal, why)
-        self._answer(DialVerdict(flow_id=request.flow_id, refusal=refusal))
+        line = f"connection to {wanted.where} refused ({refusal}): {why}"
+        if self._refusal_log.note(line, self._loop.time()):
+            log.info("%s", line)
+        self._answer(DialVerdict(flow_id=wanted.request.flow_id, refusal=refusal))
+
+    def _stop(self, wanted: _Dial) -> None:
+        wanted.is_over = True
+        self._long_waits.leave(wanted.name, wanted)
+        if wanted.task is not None:
+            wanted.task.cancel()
+
+    # -- the end of a login --
+
+    def cut(self, owner: Owner) -> None:
+        """Ends at once whatever was made with a login that is gone."""
+        self._web_names.forget(owner.profile)
+        error = _LoginEndedError(f"the login of {owner.user} at {owner.profile} has ended")
+        dials = [d for d in self._dialling.values() if d.owner == owner and not d.is_over]
+        for wanted in dials:
+            self._refuse(wanted, *_told(error))
+            self._stop(wanted)
+        keys = [key for key, waiting in self._waiting.items() if waiting.dial.owner == owner]
+        for key in keys:
+            self._give_up(key)
+        relays = [relay for relay, used in self._relays.items() if used == owner]
+        for relay in relays:
+            relay.abort()
+        if number := len(dials) + len(keys) + len(relays):
+            log.info("%s, which cuts connections: %d", error, number)
 
     # -- from the accept on --
 
@@ -185,15 +341,15 @@ class Admission:
             self._reactor,
             connection,
             waiting.upstream,
-            lambda outcome: self._ended(relay, waiting.name, outcome),
+            lambda outcome: self._ended(relay, waiting.dial.name, outcome),
         )
-        self._relays.add(relay)
+        self._relays[relay] = waiting.dial.owner
         relay.start()
         if relay.is_over:
-            self._relays.discard(relay)
+            self._relays.pop(relay, None)
 
     def _ended(self, relay: Relay, name: str, outcome: RelayOutcome) -> None:
-        self._relays.discard(relay)
+        self._relays.pop(relay, None)
         self._bytes_of_ended[0] += outcome.bytes_up
         self._bytes_of_ended[1] += outcome.bytes_down
         log.debug(
@@ -206,7 +362,9 @@ class Admission:
         )
 
     def count(self) -> None:
-        """Brings the counters up to date."""
+        """Brings the counters up to date, and tells of refusals that were only counted."""
+        for line in self._refusal_log.due(self._loop.time()):
+            log.info("%s", line)
         self._counters["connections_now"] = len(self._relays)
         self._counters["dialling_now"] = len(self._dialling)
         self._counters["waiting_now"] = len(self._waiting)
@@ -218,11 +376,25 @@ class Admission:
 
     async def close(self) -> None:
         """Ends everything at once: dials are cancelled, connections reset."""
-        tasks = list(self._dialling.values())
-        for task in tasks:
-            task.cancel()
+        if self._thinning is not None:
+            self._thinning.cancel()
+        dials = list(self._dialling.values())
+        for wanted in dials:
+            self._stop(wanted)
+        tasks = [wanted.task for wanted in dials if wanted.task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
         for key in list(self._waiting):
             self._give_up(key)
         for relay in list(self._relays):
             relay.abort()
+
+
+def _crowded(wanted: _Dial) -> _CrowdedError:
+    return _CrowdedError(
+        f"others wait for a certificate for {wanted.name} already; if that takes a second factor,"
+        " vnet mfa answers"
+    )
+
+
+def _told(error: TeleportError) -> tuple[Refusal, str]:
+    return error.refusal, str(error)

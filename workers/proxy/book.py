@@ -25,6 +25,12 @@ from workers.proxy.probe_order import MAX_PREFIX_LENGTH, capacity, probe_order
 
 logger = logging.getLogger(__name__)
 
+APP, DATABASE, CLUSTER = "app", "database", "cluster"
+# Any name below a cluster's gets an address, also a mistyped one: that many of them are kept in a
+# range, and in at most half of it, so that apps and databases find room.
+MAX_CLUSTER_NAMES = 10_000
+_CLUSTER_MARK = b'"kind":"cluster"'
+
 APPLICATION_ID = 0x564E4554  # "VNET"
 VERSION = 1
 _SCHEMA = f"""
@@ -63,14 +69,19 @@ class _DamagedError(Exception):
 class BookTarget(msgspec.Struct, frozen=True, kw_only=True):
     """What a name stood for when its cluster was last asked. `leaf` is empty for the root.
 
-    `public_addr` is the name in the cluster's spelling, by which it finds the app again.
+    `kind` is one of APP, DATABASE, CLUSTER, or of a later version. `resource` is the name of the
+    app or of the database; for a name below a cluster's what stands before that. `spelling` is the
+    whole name as the cluster spells it, by which it finds the resource again; empty when it is the
+    name itself.
     """
 
     profile: str
     leaf: str
     cluster: str
-    app: str
-    public_addr: str = ""
+    # The names in the file are those of the first books, which had apps alone.
+    resource: str = msgspec.field(name="app")
+    spelling: str = msgspec.field(name="public_addr", default="")
+    kind: str = APP
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +106,13 @@ class Book:
         reserved: Collection[IPv4Address],
         busy_seconds: float = 2.0,
         max_cached: int = 10_000,
+        max_cluster_names: int = MAX_CLUSTER_NAMES,
     ) -> None:
         self._path = path
         self._reserved = frozenset(reserved)
         self._busy_seconds = busy_seconds
         self._max_cached = max_cached
+        self._max_cluster_names = max_cluster_names
         self._by_name: dict[str, Entry] = {}
         self._by_address: dict[IPv4Address, Entry] = {}
         self._seen_version = -1
@@ -173,6 +186,8 @@ class Book:
             if entry is not None and self._fits(entry.address, network):
                 address = entry.address
             else:
+                if target.kind == CLUSTER:
+                    self._make_room(database, name, network)
                 address = self._free_address(database, name, network)
             database.execute(
                 "INSERT INTO names VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE "
@@ -189,10 +204,7 @@ class Book:
     def _free_address(
         self, database: sqlite3.Connection, name: str, network: IPv4Network
     ) -> IPv4Address:
-        bounds = (int(network.network_address), int(network.broadcast_address))
-        (used,) = database.execute(
-            "SELECT count(*) FROM names WHERE address BETWEEN ? AND ?", bounds
-        ).fetchone()
+        used = _count(database, network)
         # A quick answer for the full range; the search below is right in any case.
         if used < network.num_addresses - 2:
             for address in probe_order(name, network, self._reserved):
@@ -203,6 +215,20 @@ class Book:
                     return address
         limit = capacity(network, self._reserved)
         raise RangeFullError(f"all {limit} addresses of {network} are taken")
+
+    def _make_room(self, database: sqlite3.Connection, name: str, network: IPv4Network) -> None:
+        """Forgets one name below a cluster's when there are too many; not always the same one."""
+        limit = min(self._max_cluster_names, capacity(network, self._reserved) // 2)
+        if _count(database, network) < limit or _count(database, network, _CLUSTER_MARK) < limit:
+            return
+        start = int(next(probe_order(name, network, self._reserved)))
+        bounds = (int(network.network_address), int(network.broadcast_address))
+        database.execute(
+            "DELETE FROM names WHERE address = (SELECT address FROM names "
+            "WHERE address BETWEEN ? AND ? AND instr(target, ?) "
+            "ORDER BY address < ?, address LIMIT 1)",
+            (*bounds, _CLUSTER_MARK, start),
+        )
 
     def _read(self, condition: str, value: str | int) -> Entry | None:
         row = self._connection.execute(
@@ -356,6 +382,18 @@ class Book:
             yield
         finally:
             os.close(descriptor)
+
+
+def _count(database: sqlite3.Connection, network: IPv4Network, mark: bytes = b"") -> int:
+    """How many names have an address of the network and `mark` in their target."""
+    bounds = (int(network.network_address), int(network.broadcast_address))
+    condition = "address BETWEEN ? AND ?" + (" AND instr(target, ?)" if mark else "")
+    count: int
+    (count,) = database.execute(
+        f"SELECT count(*) FROM names WHERE {condition}",  # noqa: S608 - constants
+        (*bounds, mark) if mark else bounds,
+    ).fetchone()
+    return count
 
 
 def _is_damage(error: Exception) -> bool:

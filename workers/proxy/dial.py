@@ -1,8 +1,12 @@
-"""Opens a TLS connection to a Teleport proxy: resolve, connect, shake hands.
+"""Connects to a Teleport proxy as a plan says: TCP, what is put around it, and their handshakes.
 
-Addresses are tried as RFC 8305 section 5 says: in the order the resolver gives with the families
-alternating (section 4), the next one when an attempt fails or after 250 ms, and the first to
-connect wins.
+plan                    layers, from the wire inwards                       module
+----------------------  --------------------------------------------------  -------------------
+neither tls nor upgrade the bytes as they are                               layers.Plain
+tls                     TLS                                                 tls.TlsConnection
+tls and upgrade         TLS, connection upgrade, WebSocket, TLS             tunnel.Tunnel
+http_proxy (http://)    CONNECT over TCP, then as above                     tcp
+http_proxy (https://)   TLS to the forward proxy, CONNECT, then as above    tunnel.Tunnel
 """
 
 import asyncio
@@ -10,197 +14,267 @@ import contextlib
 import os
 import socket
 import ssl
-from dataclasses import dataclass
+from functools import cache
 
-from workers.proxy.proxy_addresses import AddressInfo, ProxyAddresses
+from workers.proxy import tcp
+from workers.proxy.connection_upgrade import ConnectionUpgrade, UpgradeError
+from workers.proxy.dial_errors import (
+    DialError,
+    DialRefusedError,
+    DialTimedOutError,
+    HandshakeFailedError,
+    ProxyUnreachableError,
+    ProxyUntrustedError,
+    UpgradeFailedError,
+)
+from workers.proxy.dial_plan import DialPlan
+from workers.proxy.http_proxy import ForwardProxy, ForwardProxyError, ProxyConnect, parse_proxy
+from workers.proxy.layers import Layer, LayerError, Plain
+from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
+from workers.proxy.relay import Relay
+from workers.proxy.tcp import DialSettings
 from workers.proxy.tls import (
     AlertReceivedError,
     PeerUntrustedError,
     TlsConnection,
     TlsError,
+    TlsMemory,
 )
+from workers.proxy.tunnel import Tunnel, TunnelClosedError, Unframed
 from workers.proxy.upstream import Upstream
+from workers.proxy.websocket import WebSocketClient
 
+__all__ = [
+    "DEFAULT_SETTINGS",
+    "DialError",
+    "DialRefusedError",
+    "DialSettings",
+    "DialTimedOutError",
+    "HandshakeFailedError",
+    "ProxyUnreachableError",
+    "ProxyUntrustedError",
+    "UpgradeFailedError",
+    "connect_tcp",
+    "dial",
+]
 
-class DialError(Exception):
-    """Base: no connection was made. The text is one sentence, safe to log and show."""
-
-
-class ProxyUnreachableError(DialError):
-    """No such name, no route, nobody listens, or the connection was lost."""
-
-
-class DialTimedOutError(DialError):
-    """The whole dial took longer than allowed."""
-
-
-class ProxyUntrustedError(DialError):
-    """The proxy's certificate is not trusted or is for another name."""
-
-
-class DialRefusedError(DialError):
-    """The proxy answered with a TLS alert or closed during the handshake.
-
-    Under TLS 1.3 a refused client certificate shows only later, see `Upstream.on_lost`.
-    """
-
-
-class HandshakeFailedError(DialError):
-    """TLS failed in another way: no TLS at the other end, no common version or protocol."""
-
-
-@dataclass(frozen=True, slots=True)
-class DialSettings:
-    """Figures of a dial; the defaults suit every real use."""
-
-    attempt_delay_seconds: float = 0.25  # RFC 8305 section 5
-    max_early_bytes: int = 64 * 1024  # kept of what the far end sends before the relay starts
-    # RFC 1122 section 4.2.3.6 wants keep-alive off by default, but a relay that waits for the
-    # app's answer would never learn that the proxy is gone.
-    keepalive_idle_seconds: int = 60
-    keepalive_interval_seconds: int = 15
-    keepalive_probes: int = 4
-
-
-_KEEPIDLE: int = getattr(socket, "TCP_KEEPIDLE", 0) or 0x10  # macOS: TCP_KEEPALIVE
 DEFAULT_SETTINGS = DialSettings()
+
+_LOCAL_SECONDS = 1.0  # for what the kernel does at once
+
+
+class _ClosedInHandshakeError(Exception):
+    """The proxy closed or reset the connection before the last handshake was done."""
+
+
+class _LostOnTheWayError(Exception):
+    """Somebody before the proxy closed or reset the connection."""
 
 
 async def dial(
-    host: str,
-    port: int,
-    context: ssl.SSLContext,
-    server_hostname: str,
+    plan: DialPlan,
     timeout_seconds: float,
     reactor: Reactor,
     settings: DialSettings = DEFAULT_SETTINGS,
     known: ProxyAddresses | None = None,
 ) -> Upstream:
-    """Connects to `host` (name or address) and shakes hands.
+    """Connects and does all handshakes.
 
-    `context` has the client certificate, the trust, and the ALPN list, of which one must be
-    chosen; `server_hostname` is the SNI and the name the certificate must be for. `known`
-    remembers addresses between dials. Nothing is left open when this raises or is cancelled.
+    Of the ALPN list in `plan.tls` one must be chosen. `known` remembers addresses between dials.
+    Nothing is left open when this raises or is cancelled.
 
     Raises:
         DialError: one of its leaves.
     """
+    return await _dial_or_say_why(plan, timeout_seconds, reactor, settings, known)
+
+
+async def connect_tcp(
+    host: str,
+    port: int,
+    *,
+    http_proxy: str = "",
+    known: ProxyAddresses | None = None,
+    settings: DialSettings = DEFAULT_SETTINGS,
+    reactor: Reactor | None = None,
+) -> socket.socket:
+    """A connected non-blocking socket, by way of the forward proxy at `http_proxy` if set.
+
+    With an https:// forward proxy it is one end of a local pair, and a relay, with which the
+    connection ends, moves the bytes between the other and the forward proxy; `reactor` runs it,
+    or one that is made for it.
+
+    Raises:
+        OSError: without forward proxy: no such host, or it does not answer; this machine is out
+            of sockets.
+        DialError: with one: it cannot be reached, is not trusted, or does not connect.
+    """
+    known = known or ProxyAddresses()
+    if not http_proxy:
+        return await tcp.connect(host, port, known, settings)
+    plan = DialPlan(host, port, None, http_proxy=http_proxy)
+    proxy = _forward_proxy(plan)
+    assert proxy is not None
+    if proxy.is_tls:
+        return await _connect_by_relay(plan, reactor, settings, known)
+    try:
+        return await tcp.connect_through(proxy, host, port, known, settings)
+    except ForwardProxyError as error:
+        raise ProxyUnreachableError(f"{_describe(plan, proxy)}: {error}") from error
+    except OSError as error:
+        raise ProxyUnreachableError(f"{_describe(plan, proxy)}: {_reason(error)}") from error
+
+
+async def _connect_by_relay(
+    plan: DialPlan, reactor: Reactor | None, settings: DialSettings, known: ProxyAddresses
+) -> socket.socket:
+    with contextlib.ExitStack() as on_failure:
+        on_end = contextlib.ExitStack()
+        if reactor is None:
+            reactor = Reactor(asyncio.get_running_loop())
+            on_end.callback(reactor.close)
+            on_failure.callback(reactor.close)
+        ours, theirs = _local_pair()
+        on_failure.callback(ours.close)
+        on_failure.callback(theirs.close)
+        upstream = await _dial_or_say_why(plan, None, reactor, settings, known)
+        on_failure.pop_all()
+        Relay(reactor, theirs, upstream, lambda _: on_end.close()).start()
+    return ours
+
+
+def _local_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection, which unlike other pairs can be reset."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
+        listener.settimeout(_LOCAL_SECONDS)
+        ours = socket.create_connection(listener.getsockname(), _LOCAL_SECONDS)
+        try:
+            theirs, address = listener.accept()
+            while address != ours.getsockname():  # somebody else found the port
+                theirs.close()
+                theirs, address = listener.accept()
+        except OSError:
+            ours.close()
+            raise
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    return ours, theirs
+
+
+async def _dial_or_say_why(
+    plan: DialPlan,
+    timeout_seconds: float | None,
+    reactor: Reactor,
+    settings: DialSettings,
+    known: ProxyAddresses | None,
+) -> Upstream:
+    proxy = _forward_proxy(plan)
+    where = _describe(plan, proxy)
     try:
         async with asyncio.timeout(timeout_seconds):
-            sock = await _connect_host(host, port, known or ProxyAddresses(), settings)
-            return await _shake_hands(sock, context, server_hostname, reactor, settings)
+            return await _dial(plan, proxy, reactor, settings, known or ProxyAddresses())
     except TimeoutError as error:
-        raise DialTimedOutError(f"{host}:{port}: no answer in {timeout_seconds:g} s") from error
+        patience = "" if timeout_seconds is None else f" in {timeout_seconds:g} s"
+        raise DialTimedOutError(f"{where}: no answer{patience}") from error
     except PeerUntrustedError as error:
-        raise ProxyUntrustedError(f"{host}:{port}: {error}") from error
+        raise ProxyUntrustedError(f"{where}: {error}") from error
     except (AlertReceivedError, _ClosedInHandshakeError) as error:
-        raise DialRefusedError(f"{host}:{port}: {error}") from error
-    except TlsError as error:
-        raise HandshakeFailedError(f"{host}:{port}: {error}") from error
+        raise DialRefusedError(f"{where}: {error}") from error
+    except (ForwardProxyError, _LostOnTheWayError) as error:
+        raise ProxyUnreachableError(f"{where}: {error}") from error
+    except UpgradeError as error:
+        raise UpgradeFailedError(f"{where}: {error}") from error
+    except LayerError as error:
+        raise HandshakeFailedError(f"{where}: {error}") from error
     except OSError as error:
-        raise ProxyUnreachableError(f"{host}:{port}: {_reason(error)}") from error
+        raise ProxyUnreachableError(f"{where}: {_reason(error)}") from error
+
+
+def _forward_proxy(plan: DialPlan) -> ForwardProxy | None:
+    if not plan.http_proxy:
+        return None
+    try:
+        return parse_proxy(plan.http_proxy)
+    except ForwardProxyError as error:
+        raise ProxyUnreachableError(f"{_describe(plan, None)}: {error}") from error
+
+
+def _describe(plan: DialPlan, proxy: ForwardProxy | None) -> str:
+    where = f"{plan.host}:{plan.port}"
+    return where if proxy is None else f"{where} through the forward proxy {proxy}"
+
+
+async def _dial(
+    plan: DialPlan,
+    proxy: ForwardProxy | None,
+    reactor: Reactor,
+    settings: DialSettings,
+    known: ProxyAddresses,
+) -> Upstream:
+    memory = reactor.memory
+    layer: Layer = Plain()
+    tunnels: list[Tunnel] = []
+    if plan.tls is not None:
+        layer = TlsConnection(plan.tls.context, plan.tls.server_hostname, memory)
+    if plan.upgrade is not None:
+        outer = TlsConnection(plan.upgrade.context, plan.upgrade.server_hostname, memory)
+        request = ConnectionUpgrade(plan.host, plan.port)
+        layer = Tunnel("connection upgrade", outer, request, WebSocketClient(), layer)
+        tunnels.append(layer)
+    if proxy is None:
+        sock = await tcp.connect(plan.host, plan.port, known, settings)
+    elif not proxy.is_tls:
+        sock = await tcp.connect_through(proxy, plan.host, plan.port, known, settings)
+    else:
+        layer = await _inside_proxy(plan, proxy, layer, memory)
+        tunnels.append(layer)
+        sock = await tcp.connect(proxy.host, proxy.port, known, settings)
+    upstream = await _shake_hands(sock, layer, tunnels, reactor, settings)
+    if plan.tls is not None and upstream.alpn is None:
+        # Without a protocol a Teleport proxy takes the connection for HTTP.
+        upstream.close()
+        raise TlsError("no application protocol was chosen, as if TLS ended before the proxy")
+    return upstream
+
+
+async def _inside_proxy(
+    plan: DialPlan, proxy: ForwardProxy, layer: Layer, memory: TlsMemory
+) -> Tunnel:
+    context = await asyncio.to_thread(_system_context)
+    outer = TlsConnection(context, proxy.host, memory)
+    request = ProxyConnect(plan.host, plan.port, proxy.authorization)
+    return Tunnel("forward proxy", outer, request, Unframed(), layer)
+
+
+@cache
+def _system_context() -> ssl.SSLContext:
+    """Trusts the system's authorities; to read them takes about 30 ms."""
+    return ssl.create_default_context()
+
+
+async def _shake_hands(
+    sock: socket.socket,
+    layer: Layer,
+    tunnels: list[Tunnel],
+    reactor: Reactor,
+    settings: DialSettings,
+) -> Upstream:
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(sock.close)
+        upstream = Upstream(reactor, sock, layer, settings.max_early_bytes)
+        try:
+            await upstream.handshake()
+        except (ConnectionError, TunnelClosedError) as error:
+            for tunnel in reversed(tunnels):
+                if not tunnel.is_open:
+                    raise _LostOnTheWayError(f"{tunnel.name}: connection closed") from error
+            raise _ClosedInHandshakeError("connection closed during the TLS handshake") from error
+        on_failure.pop_all()
+        return upstream
 
 
 def _reason(error: OSError) -> str:
     if isinstance(error, socket.gaierror) or not error.errno:
         return error.strerror or "connection lost"
     return os.strerror(error.errno)  # asyncio puts words of its own into strerror
-
-
-class _ClosedInHandshakeError(Exception):
-    """The far end closed or reset the connection before the handshake was done."""
-
-
-async def _connect_host(
-    host: str, port: int, known: ProxyAddresses, settings: DialSettings
-) -> socket.socket:
-    """A connection to any address of the host; remembered addresses that fail are looked up."""
-    was_known = known.is_known(host, port)
-    try:
-        addresses = await known.find(host, port)
-        return await _connect_first(addresses, settings.attempt_delay_seconds)
-    except OSError:
-        known.forget(host, port)
-        if not was_known:
-            raise
-    addresses = await known.find(host, port)
-    return await _connect_first(addresses, settings.attempt_delay_seconds)
-
-
-async def _connect_first(addresses: list[AddressInfo], delay_seconds: float) -> socket.socket:
-    """The first connection that comes about; all others are closed."""
-    if len(addresses) == 1:
-        return await _connect(addresses[0])
-    waiting = iter(addresses)
-    attempts: set[asyncio.Task[socket.socket]] = set()
-    last_error: BaseException | None = None
-    try:
-        while True:
-            if (info := next(waiting, None)) is not None:
-                attempts.add(asyncio.create_task(_connect(info)))
-            elif not attempts:
-                raise last_error or OSError("no address")
-            done, _ = await asyncio.wait(
-                attempts,
-                timeout=None if info is None else delay_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for attempt in done:
-                attempts.discard(attempt)
-                if (last_error := attempt.exception()) is None:
-                    attempts |= done - {attempt}
-                    return attempt.result()
-    finally:
-        for attempt in attempts:
-            attempt.add_done_callback(_close_loser)
-            attempt.cancel()
-
-
-def _close_loser(attempt: "asyncio.Task[socket.socket]") -> None:
-    """Closes a connection that came about in the same turn of the loop as the winner."""
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
-
-
-async def _connect(info: AddressInfo) -> socket.socket:
-    family, kind, protocol, _, address = info
-    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
-    try:
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def _shake_hands(
-    sock: socket.socket,
-    context: ssl.SSLContext,
-    server_hostname: str,
-    reactor: Reactor,
-    settings: DialSettings,
-) -> Upstream:
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(sock.close)
-        _set_options(sock, settings)
-        tls = TlsConnection(context, server_hostname, reactor.memory)
-        upstream = Upstream(reactor, sock, tls, settings.max_early_bytes)
-        try:
-            await upstream.handshake()
-        except ConnectionError as error:
-            raise _ClosedInHandshakeError("connection closed during the TLS handshake") from error
-        if upstream.alpn is None:
-            # Without a protocol a Teleport proxy takes the connection for HTTP.
-            upstream.close()
-            raise TlsError("no application protocol was chosen, as if TLS ended before the proxy")
-        on_failure.pop_all()
-        return upstream
-
-
-def _set_options(sock: socket.socket, settings: DialSettings) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, _KEEPIDLE, settings.keepalive_idle_seconds)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, settings.keepalive_interval_seconds)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, settings.keepalive_probes)

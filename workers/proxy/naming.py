@@ -5,10 +5,28 @@ import logging
 from ipaddress import IPv4Address, IPv4Network
 
 from ipc.messages import Network, Refusal
-from workers.proxy.book import Book, BookError, BookTarget, Entry, RangeFullError
-from workers.proxy.naming_outcome import Answer, forwarded, given, missing
-from workers.proxy.teleport.client import AppTarget, NotOurs, Teleport
-from workers.proxy.teleport.errors import TeleportError, UnknownAppError, ZonesUnknownError
+from workers.proxy.book import (
+    APP,
+    CLUSTER,
+    DATABASE,
+    Book,
+    BookError,
+    BookTarget,
+    Entry,
+    RangeFullError,
+)
+from workers.proxy.naming_outcome import Answer, forwarded, given, missing, no_such_name
+from workers.proxy.teleport.client import Teleport
+from workers.proxy.teleport.errors import TeleportError, ZonesUnknownError
+from workers.proxy.teleport.targets import (
+    AppTarget,
+    DatabaseTarget,
+    NoSuchName,
+    NotOurs,
+    Resolution,
+    Target,
+    WebApp,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +61,12 @@ class Naming:
         """The answer to a question of dns for a name as it was typed. Raises nothing but bugs."""
         name = spelling.lower()
         try:
-            target = await self._teleport.resolve(name, spelling)
-            if isinstance(target, NotOurs):
+            found = await self._teleport.resolve(name, spelling)
+            if isinstance(found, NotOurs | WebApp):
                 return forwarded()
-            entry = await self._assign(name, target)
+            if isinstance(found, NoSuchName):
+                return no_such_name()
+            entry = await self._assign(name, found)
             return given(entry.address.packed)
         except RangeFullError as error:
             log.warning("%s gets no address: %s", name, error)
@@ -57,37 +77,41 @@ class Naming:
             log.error("%s: %s", name, error)
             return missing(range_is_full=False)
 
-    async def target_of(self, ipv4: bytes) -> tuple[str, AppTarget]:
-        """The name behind a virtual address and the app it stands for now.
+    def entry_of(self, ipv4: bytes) -> Entry:
+        """The name behind a virtual address, and what it stood for last.
 
         Raises:
-            TeleportError: there is none, or its cluster cannot be asked.
+            UnknownAddressError: no name has it.
             BookError: the book cannot be read.
         """
         entry = self._book.by_address(IPv4Address(ipv4))
         if entry is None:
             raise UnknownAddressError("no name was given this address")
-        target = await self._teleport.resolve(entry.name, entry.target.public_addr)
-        if isinstance(target, NotOurs):
-            raise UnknownAppError(f"{entry.name} stands for no app any more")
-        return entry.name, target
+        return entry
+
+    async def meaning_of(self, entry: Entry) -> Resolution:
+        """What a name stands for at the moment of a connection to it.
+
+        Raises:
+            TeleportError: its cluster cannot be asked.
+        """
+        name, spelling = entry.name, entry.target.spelling
+        if entry.target.kind != CLUSTER:
+            found = await self._teleport.resolve(name, spelling)
+            if isinstance(found, AppTarget | DatabaseTarget):
+                return found
+        # Nothing dials it, as far as is known: what was made a moment ago shall count.
+        return await self._teleport.resolve(name, spelling, fresh=True)
 
     def name_of(self, ipv4: bytes) -> str | None:
         """The name that was given an address, for PTR questions. Raises BookError."""
         entry = self._book.by_address(IPv4Address(ipv4))
         return None if entry is None else entry.name
 
-    async def _assign(self, name: str, target: AppTarget) -> Entry:
-        known = BookTarget(
-            profile=target.profile,
-            leaf=target.leaf,
-            cluster=target.cluster,
-            app=target.app.name,
-            public_addr=target.app.public_addr.removesuffix("."),
-        )
-        return self._book.assign(name, await self._range_for(target), known)
+    async def _assign(self, name: str, target: Target) -> Entry:
+        return self._book.assign(name, await self._range_for(target), _note(name, target))
 
-    async def _range_for(self, target: AppTarget) -> IPv4Network:
+    async def _range_for(self, target: Target) -> IPv4Network:
         """The cluster's range once it is routed: other addresses would lead nowhere."""
         wanted = target.ipv4_range
         if wanted is not None and await self._is_routed(str(wanted)):
@@ -111,6 +135,8 @@ class Naming:
         except BookError as book_error:
             log.error("%s: %s", name, book_error)
             return missing(range_is_full=False)
+        if entry is not None and self._teleport.owner(entry.target.profile) is None:
+            entry = None  # logged out: its clusters' names are VNet's no more
         if entry is not None and not self._leads_here(entry):
             log.info("%s cannot be reached, its range is not routed: %s", name, error)
             return missing(range_is_full=False)
@@ -125,3 +151,26 @@ class Naming:
     def _leads_here(self, entry: Entry) -> bool:
         """Whether the address is in a routed range: others belong to somebody else's network."""
         return any(entry.address in IPv4Network(text) for text in self._network.ranges)
+
+
+def _note(name: str, target: Target) -> BookTarget:
+    """What the book remembers of a target."""
+    spelling = ""
+    match target:
+        case AppTarget():
+            kind, resource = APP, target.app.name
+            spelling = target.app.public_addr.removesuffix(".")
+        case DatabaseTarget():
+            kind, resource = DATABASE, target.database.name
+            if resource.lower() == name.partition(".")[0]:
+                spelling = resource + name[len(resource) :]
+        case _:
+            kind, resource = CLUSTER, target.host
+    return BookTarget(
+        profile=target.profile,
+        leaf=target.leaf,
+        cluster=target.cluster,
+        resource=resource,
+        spelling=spelling,
+        kind=kind,
+    )

@@ -30,6 +30,11 @@ def forwarded(*, is_certain: bool = True) -> Answer:
     return Answer(NameOutcome.NOT_OURS, None, _seconds(is_certain=is_certain))
 
 
+def no_such_name() -> Answer:
+    """The name would be VNet's, and nothing has it."""
+    return Answer(NameOutcome.NO_SUCH_NAME, None, VALID_SECONDS)
+
+
 def missing(*, range_is_full: bool) -> Answer:
     """The name may be VNet's, but there is no address for it; asked again each time."""
     return Answer(NameOutcome.RANGE_FULL if range_is_full else NameOutcome.FAILED, None, 0.0)

@@ -3,6 +3,9 @@
     program --FIN--> [up] --close_notify--> app         each direction: OPEN -> ENDING -> DONE
     program <--FIN-- [down] <--close_notify-- app       (its source ended; all delivered)
 
+What stands between here and the app is the upstream's layer (`workers.proxy.layers`): mostly TLS;
+without it FIN takes the place of close_notify.
+
 The relay is done when both directions are. A reset on one side becomes a reset on the other; a
 TCP end without close_notify counts as the end (Go programs close so now and then), unless it cuts
 a ping frame in two, which the program must not mistake for a complete stream.
@@ -19,12 +22,14 @@ from enum import Enum, StrEnum, auto
 
 from workers.proxy import ping
 from workers.proxy.endpoint import Endpoint, reason_of
+from workers.proxy.layers import LayerError
 from workers.proxy.reactor import Reactor
-from workers.proxy.tls import TlsError
 from workers.proxy.upstream import Upstream
 
 # Kept per direction when the receiver is slower than the sender, beside the kernel's buffers.
 MAX_PENDING_BYTES = 256 * 1024
+# Beyond that only answers of the layer's own (to pings, for example) can be waiting.
+MAX_UNREAD_BYTES = 1024 * 1024
 
 
 class RelayEnd(StrEnum):
@@ -34,7 +39,7 @@ class RelayEnd(StrEnum):
     APP_CLOSED = "app_closed"  # in order, the app first
     PROGRAM_RESET = "program_reset"  # the program is gone
     APP_RESET = "app_reset"  # the far end is gone
-    BROKEN = "broken"  # TLS or framing failed, a refused certificate for example
+    BROKEN = "broken"  # a layer or framing failed, a refused certificate for example
     CLOSED = "closed"  # `Relay.close`
     ABORTED = "aborted"  # `Relay.abort`
 
@@ -64,12 +69,13 @@ class Relay:
         "_decoder",
         "_down",
         "_end",
+        "_is_remote_reset",
+        "_layer",
         "_local",
         "_max_pending_bytes",
         "_memory",
         "_on_end",
         "_remote",
-        "_tls",
         "_up",
         "_upstream",
         "bytes_down",
@@ -90,7 +96,7 @@ class Relay:
         read (the size of `TlsMemory.read_buffer`) may come on top.
         """
         self._upstream = upstream
-        self._tls = upstream.tls
+        self._layer = upstream.layer
         self._memory = reactor.memory
         self._local = Endpoint(reactor, local)
         self._remote = upstream.endpoint
@@ -100,6 +106,7 @@ class Relay:
         self._up = _Flow.OPEN
         self._down = _Flow.OPEN
         self._end: RelayEnd | None = None  # set by whoever ended first
+        self._is_remote_reset = False  # a write found out; the kernel tells only once
         self.bytes_up = 0
         self.bytes_down = 0
 
@@ -159,8 +166,8 @@ class Relay:
         if header_bytes:
             ping.put_header(buffer, count)
         try:
-            self._remote.send(self._tls.encrypt(buffer[: header_bytes + count]))
-        except TlsError as error:
+            self._remote.send(self._layer.encrypt(buffer[: header_bytes + count]))
+        except LayerError as error:
             self._break(RelayEnd.BROKEN, str(error))
         except OSError as error:
             self._on_remote_error(error)
@@ -173,8 +180,9 @@ class Relay:
         self._end = self._end or end
         self._up = _Flow.ENDING
         try:
-            self._remote.send(self._tls.close_notify())
-        except TlsError as error:
+            if ending := self._layer.close_notify():
+                self._remote.send(ending)
+        except LayerError as error:
             self._break(RelayEnd.BROKEN, str(error))
         except OSError as error:
             self._on_remote_error(error)
@@ -188,11 +196,19 @@ class Relay:
             self._finish_up()
 
     def _finish_up(self) -> None:
-        if self._up is _Flow.ENDING and not self._remote.pending_bytes:
-            self._up = _Flow.DONE
-            self._finish_both()
+        if self._up is not _Flow.ENDING or self._remote.pending_bytes:
+            return
+        if self._layer.ends_with_fin:
+            try:
+                self._remote.socket.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._on_remote_error(error)
+                return
+        self._up = _Flow.DONE
+        self._finish_both()
 
-    def _on_remote_error(self, _: OSError) -> None:
+    def _on_remote_error(self, error: OSError) -> None:
+        self._is_remote_reset |= isinstance(error, ConnectionResetError)
         # The app has closed or is gone. What it sent before may still wait in the kernel, so the
         # reading side goes on and finds the end or the reset.
         self._local.pause()
@@ -207,14 +223,14 @@ class Relay:
         try:
             count = self._remote.socket.recv_into(buffer)
             if not count:
-                self._end_down(RelayEnd.APP_CLOSED)
+                self._on_remote_end()
                 return
-            data = self._tls.decrypt(buffer[:count])
-            if reply := self._tls.take_records():
-                self._remote.send(reply)
+            data = self._layer.decrypt(buffer[:count])
+            if reply := self._layer.take_records():
+                self._reply(reply)
         except BlockingIOError:
             return
-        except TlsError as error:
+        except LayerError as error:
             self._break(RelayEnd.BROKEN, str(error))
             return
         except OSError as error:
@@ -222,8 +238,23 @@ class Relay:
             return
         if data:
             self._deliver(data)
-        if self._tls.is_receive_ended and self._down is _Flow.OPEN:
+        if self._layer.is_receive_ended and self._down is _Flow.OPEN:
             self._end_down(RelayEnd.APP_CLOSED)
+
+    def _on_remote_end(self) -> None:
+        if self._is_remote_reset:
+            self._break(RelayEnd.APP_RESET, "connection reset by peer")
+        else:
+            self._end_down(RelayEnd.APP_CLOSED)
+
+    def _reply(self, records: bytes) -> None:
+        """Sends what the layer answers of itself, unless nobody reads the answers."""
+        try:
+            self._remote.send(records)
+        except OSError as error:
+            self._on_remote_error(error)
+        if self._remote.pending_bytes > self._max_pending_bytes + MAX_UNREAD_BYTES:
+            raise LayerError("the far end wants answers and does not read them")
 
     def _deliver(self, plaintext: memoryview) -> None:
         data: bytes | memoryview = plaintext

@@ -13,20 +13,26 @@ close_notify while the app still sends. `ssl.SSLObject` on memory BIOs can, with
 The same rule makes both BIOs empty whenever a call returns, and so all connections of a thread
 share one pair, and one pair of buffers: `TlsMemory`. BIOs never shrink; with a pair for each
 connection, one burst on each of 1,000 connections would cost hundreds of megabytes for ever.
+Connections inside one another (`workers.proxy.tunnel`) share them as well.
 """
 
 import ssl
 from collections.abc import Callable
 from typing import cast
 
+from workers.proxy.layers import LayerError
+
 # RFC 8446 section 5.1 (and RFC 5246 section 6.2.1): the largest plaintext of one record.
 RECORD_BYTES = 16384
+
+# TLS to a forward proxy, in it TLS to a load balancer, in it TLS to the proxy.
+MAX_NESTED = 3
 
 # Read from a socket at once. docs/performance.md has what other sizes measured.
 READ_BYTES = 256 * 1024
 
 
-class TlsError(Exception):
+class TlsError(LayerError):
     """Base: this TLS connection is broken. The text is safe to log and show."""
 
 
@@ -51,18 +57,20 @@ class TlsMemory:
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
         self.read_buffer = memoryview(bytearray(read_bytes))
-        # Plaintext is never longer than its records; one record may have been waiting, and
-        # there must be room for a whole one at the end.
-        self.plaintext = memoryview(bytearray(read_bytes + 2 * RECORD_BYTES))
+        # Plaintext is never longer than its records; one record may have been waiting in each
+        # connection of a nest, and there must be room for a whole one at the end.
+        self.plaintext = memoryview(bytearray(read_bytes + (MAX_NESTED + 1) * RECORD_BYTES))
 
 
 class TlsConnection:
-    """The client's side of one TLS 1.2 or 1.3 connection.
+    """The client's side of one TLS 1.2 or 1.3 connection; a `workers.proxy.layers.Layer`.
 
     All methods raise TlsError (or a leaf of it); the connection is then of no more use.
     """
 
     __slots__ = ("_memory", "_read", "_ssl", "is_receive_ended")
+
+    ends_with_fin = False
 
     def __init__(self, context: ssl.SSLContext, server_hostname: str, memory: TlsMemory) -> None:
         self._memory = memory
@@ -99,7 +107,7 @@ class TlsConnection:
     def decrypt(self, records: bytes | memoryview) -> memoryview:
         """All plaintext in the next bytes from the peer, at most TlsMemory.read_bytes of them.
 
-        The result is a view of `TlsMemory.plaintext`. After close_notify it is empty and
+        `records` may be a view of `TlsMemory.plaintext`: it is copied first. The result is one of `TlsMemory.plaintext`. After close_notify it is empty and
         `is_receive_ended` is True. Answers to post-handshake messages wait in `take_records`.
         """
         memory = self._memory

@@ -1,4 +1,4 @@
-"""An established TLS connection to the proxy, from its handshake until a relay takes it.
+"""An established connection to the proxy, from its handshake until a relay takes it.
 
 While it waits for the program, what the far end sends first is kept (up to a limit, then the
 kernel holds it back), and its end is noticed: under TLS 1.3 the client's handshake is over before
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from workers.proxy.endpoint import Endpoint, reason_of
+from workers.proxy.layers import Layer, LayerError
 from workers.proxy.reactor import Reactor
-from workers.proxy.tls import TlsConnection, TlsError
 
 PING_SUFFIX = "-ping"
 
@@ -28,15 +28,15 @@ class Upstream:
         "endpoint",
         "error",
         "is_ended",
+        "layer",
         "memory",
-        "tls",
     )
 
     def __init__(
         self,
         reactor: Reactor,
         sock: socket.socket,
-        tls: TlsConnection,
+        layer: Layer,
         max_early_bytes: int,
     ) -> None:
         """`sock` is connected and non-blocking. Call `handshake` next."""
@@ -44,15 +44,15 @@ class Upstream:
         self._max_early_bytes = max_early_bytes
         self._on_lost = _nothing
         self.endpoint = Endpoint(reactor, sock)
-        self.tls = tls
+        self.layer = layer
         self.memory = reactor.memory
-        self.is_ended = False  # the far end sent close_notify or FIN; early data may be left
+        self.is_ended = False  # the far end ended its direction; early data may be left
         self.error = ""  # why the connection broke while it waited
 
     @property
     def alpn(self) -> str | None:
         """The application protocol that was negotiated."""
-        return self.tls.alpn
+        return self.layer.alpn
 
     @property
     def is_ping(self) -> bool:
@@ -70,10 +70,10 @@ class Upstream:
         return len(self._early)
 
     async def handshake(self) -> None:
-        """Does the TLS handshake and goes on watching the far end.
+        """Does the handshakes of the layer and goes on watching the far end.
 
         Raises:
-            TlsError: it failed.
+            LayerError: one failed.
             OSError: the connection was lost; ConnectionResetError also when it was closed.
         """
         done = asyncio.get_running_loop().create_future()
@@ -110,8 +110,9 @@ class Upstream:
         """Ends an upstream that nobody took, as politely as can be done at once."""
         self._on_lost = _nothing
         if not self.error:
-            with suppress(OSError, TlsError):
-                self.endpoint.send(self.tls.close_notify())
+            with suppress(OSError, LayerError):
+                if ending := self.layer.close_notify():
+                    self.endpoint.send(ending)
         self.endpoint.close()
 
     def _on_handshake_readable(self, done: "asyncio.Future[None]") -> None:
@@ -125,16 +126,16 @@ class Upstream:
         if count:
             self._step(self.memory.read_buffer[:count], done)
         else:
-            _fail(done, ConnectionResetError("closed during the TLS handshake"))
+            _fail(done, ConnectionResetError("closed during the handshake"))
 
     def _step(self, records: bytes | memoryview, done: "asyncio.Future[None]") -> None:
         try:
             try:
-                is_done = self.tls.handshake(records)
+                is_done = self.layer.handshake(records)
             finally:
-                if reply := self.tls.take_records():
+                if reply := self.layer.take_records():
                     self.endpoint.send(reply)
-        except (TlsError, OSError) as error:
+        except (LayerError, OSError) as error:
             _fail(done, error)
             return
         if is_done and not done.done():
@@ -161,14 +162,14 @@ class Upstream:
     def _receive(self, records: bytes | memoryview) -> None:
         error = ""
         try:
-            self._early += bytes(self.tls.decrypt(records))
-            if reply := self.tls.take_records():
+            self._early += bytes(self.layer.decrypt(records))
+            if reply := self.layer.take_records():
                 self.endpoint.send(reply)
-        except TlsError as tls_error:
-            error = str(tls_error)
+        except LayerError as layer_error:
+            error = str(layer_error)
         except OSError as os_error:
             error = reason_of(os_error)
-        self.is_ended = self.tls.is_receive_ended
+        self.is_ended = self.layer.is_receive_ended
         if error or self.is_ended:
             self._lose(error)
         elif len(self._early) >= self._max_early_bytes:

@@ -2,16 +2,21 @@
 
 import asyncio
 import logging
+import os
 from ipaddress import IPv4Address
 from pathlib import Path
 
 from ipc import messages as m
+from ipc.cluster_report import split
 from ipc.errors import BusyError, PeerGoneError
 from ipc.messages import AnyMessage, ConfigureProxy
 from workers.proxy.admission import Admission
 from workers.proxy.book import Book, BookError
 from workers.proxy.listeners import ProxyListeners
+from workers.proxy.long_waits import MAX_OF_ALL_PROXIES
 from workers.proxy.naming import Naming
+from workers.proxy.notification import DesktopNotifier
+from workers.proxy.prompts import PromptServer
 from workers.proxy.reactor import Reactor
 from workers.proxy.teleport.client import Teleport, default_settings
 from workers.runtime import Runtime
@@ -37,9 +42,19 @@ class ProxyWorker:
         self._book = Book(
             Path(config.book_path), reserved=[IPv4Address(address) for address in reserved]
         )
+        self._notifier = DesktopNotifier()
+        self._prompts = PromptServer(
+            Path(config.prompts_dir), config.common.slot, notify=self._notifier
+        )
         self._teleport = Teleport(
             Path(config.teleport_home),
-            default_settings(ca_file=config.ca_file, insecure=config.insecure),
+            default_settings(
+                ca_file=config.ca_file,
+                insecure=config.insecure,
+                environment=dict(os.environ),
+                prompter=self._prompts,
+                prompt_seconds=config.mfa_seconds,
+            ),
             on_change=self._report,
         )
         self._naming = Naming(self._teleport, self._book, config.network)
@@ -50,7 +65,9 @@ class ProxyWorker:
             answer=self._answer_tun,
             counters=runtime.counters,
             max_connections=config.max_connections,
+            max_long_waits=max(1, MAX_OF_ALL_PROXIES // config.common.proxies),
         )
+        self._teleport.on_owner_gone = self._admission.cut
         self._listeners = ProxyListeners(
             runtime.send, self._admission.accepted, self._admission.is_expected, MAX_LISTENERS
         )
@@ -65,6 +82,7 @@ class ProxyWorker:
         except BookError as error:
             # It is tried again with each name; without it there are no addresses.
             log.error("the address book cannot be opened: %s", error)
+        await self._prompts.start()
         await self._teleport.start()
         self._dns = runtime.serve_bus(self._hear_dns)
         self._tun = runtime.join_bus("tun", self._hear_tun, self._greet_tun)
@@ -83,6 +101,8 @@ class ProxyWorker:
         await self._admission.close()
         self._listeners.close()
         await self._teleport.close()
+        await self._prompts.close()
+        await self._notifier.close()
         self._book.close()
 
     # -- supervisor --
@@ -105,9 +125,8 @@ class ProxyWorker:
                 log.error("unexpected %s from the supervisor", type(message).__name__)
 
     def _report(self) -> None:
-        self._runtime.send(
-            m.ClustersReported(clusters=self._teleport.states(), problem=self._teleport.problem)
-        )
+        for part in split(self._teleport.states(), self._teleport.problem):
+            self._runtime.send(part)
 
     def _count(self) -> None:
         self._admission.count()

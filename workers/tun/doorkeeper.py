@@ -4,12 +4,17 @@ The shell around `syn_gate`: it knows the bus, the devices, the clock and the co
 nothing but which proxy to ask (by the destination's address) and when to ask again.
 
 A question that cannot be sent, because the proxy is not connected or its queue is full, is asked
-again every few hundredths of a second; the deadline of the gate bounds that. A proxy that says hello
-is new: it is asked again whatever its predecessor may have known.
+again every few hundredths of a second, for as long as a proxy's restart may take. A proxy that says
+hello is new: it is asked again whatever its predecessor may have known.
+
+The gate's deadline is long, because a person may be asked for a second factor meanwhile. So that
+nobody waits that long for a proxy that is gone, or for a verdict that was lost, what is held is asked
+again every few seconds: a proxy that knows the question ignores it.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Final, assert_never
 
@@ -40,6 +45,9 @@ from workers.tun.syn_gate import (
 log = logging.getLogger(__name__)
 
 _ASK_AGAIN_SECONDS: Final = 0.05
+_REMIND_SECONDS: Final = 5.0
+# The supervisor starts a crashed proxy again within seconds, or not at all.
+_UNASKED_SECONDS: Final = 30.0
 
 
 class Doorkeeper:
@@ -64,8 +72,11 @@ class Doorkeeper:
         self._counters: Final = counters
         self._loop: Final = loop
         self._alarm: asyncio.TimerHandle | None = None
-        self._unasked: dict[int, None] = {}  # ids of flows nobody was asked about, oldest first
+        # Ids of flows, and since when nobody can be asked about them.
+        self._unasked: dict[int, float] = {}
         self._ask_again: asyncio.TimerHandle | None = None
+        self._reminder: asyncio.TimerHandle | None = None
+        self._held_before: set[int] = set()  # at the last reminder
         names = ["syns", "syns_repeated", "admitted", "verdicts_ignored", "pending_now"]
         names += [f"refused_{reason}" for reason in Refusal]
         counters.update(dict.fromkeys(names, 0))
@@ -84,7 +95,7 @@ class Doorkeeper:
 
     def stop(self) -> None:
         """Cancels the timers. What is still held stays unanswered: the program asks again."""
-        for timer in (self._alarm, self._ask_again):
+        for timer in (self._alarm, self._ask_again, self._reminder):
             if timer is not None:
                 timer.cancel()
 
@@ -128,6 +139,8 @@ class Doorkeeper:
                     assert_never(command)
         self._counters["pending_now"] = self._gate.pending
         self._set_alarm()
+        if self._gate.pending and self._reminder is None:
+            self._reminder = self._loop.call_later(_REMIND_SECONDS, self._remind)
 
     def _ask(self, question: AskOwner) -> None:
         key = question.key
@@ -138,29 +151,44 @@ class Doorkeeper:
             destination=key.destination,
             destination_port=key.destination_port,
         )
-        self._unasked.pop(question.flow_id, None)
+        since = self._unasked.pop(question.flow_id, None)
         try:
             self._send(self._owner(key), request)
         except (PeerGoneError, BusyError) as error:
             log.debug("a connection to %s waits: %s", as_text(key.destination), error)
-            self._unasked[question.flow_id] = None
+            self._unasked[question.flow_id] = self._loop.time() if since is None else since
             if self._ask_again is None:
                 self._ask_again = self._loop.call_later(_ASK_AGAIN_SECONDS, self._ask_unasked)
 
     def _ask_unasked(self) -> None:
         self._ask_again = None
-        for flow_id in list(self._unasked):
+        now = self._loop.time()
+        refused: Counter[str] = Counter()
+        for flow_id, since in list(self._unasked.items()):
             question = self._gate.question(flow_id)
             if question is None:
                 del self._unasked[flow_id]
-            else:
+            elif now - since < _UNASKED_SECONDS:
                 self._ask(question)
+            else:
+                del self._unasked[flow_id]
+                refused[self._owner(question.key)] += 1
+                self._execute(self._gate.receive_verdict(flow_id, Refusal.INTERNAL, now))
+        for slot, number in refused.items():
+            log.warning("%s cannot be asked; connections refused: %d", slot, number)
+
+    def _remind(self) -> None:
+        self._reminder = None
+        held = {question.flow_id: question for question in self._gate.questions()}
+        for flow_id, question in held.items():
+            if flow_id in self._held_before and flow_id not in self._unasked:
+                self._ask(question)
+        self._held_before = set(held)
+        if held:
+            self._reminder = self._loop.call_later(_REMIND_SECONDS, self._remind)
 
     def _abandon(self, command: TellAbandoned) -> None:
-        # Never asked or no longer listening: then there is nothing to drop either.
-        if command.flow_id in self._unasked:
-            del self._unasked[command.flow_id]
-            return
+        self._unasked.pop(command.flow_id, None)
         try:
             self._send(self._owner(command.key), DialAbandoned(flow_id=command.flow_id))
         except (PeerGoneError, BusyError) as error:

@@ -23,6 +23,7 @@ from workers.dns.service import DnsService, Limits
 from workers.dns.tally import Tally
 
 NAME = "pg.root.example.test"
+MISSING = "orders.db.root.example.test"
 REVERSE = "7.0.64.100.in-addr.arpa"
 
 
@@ -114,6 +115,48 @@ def test_name_that_cannot_be_found_out_is_servfail(outcome: NameOutcome) -> None
         assert shape(await setup.record(NAME)) == (2, [], [])
         setup.names.give(NAME, "100.64.0.9")
         assert shape(await setup.record(NAME)) == (0, ["A 100.64.0.9"], [])
+
+    run(main())
+
+
+@pytest.mark.parametrize("qtype", ["A", "AAAA", "HTTPS", "ANY"])
+def test_name_of_ours_that_nothing_has_is_nxdomain_with_the_soa_of_its_parent(qtype: str) -> None:
+    async def main() -> None:
+        setup = Setup()
+        setup.names.set_outcome(MISSING, NameOutcome.NO_SUCH_NAME, valid_seconds=60)
+        for id_ in (1, 2):
+            record = await setup.record(MISSING, qtype, id_=id_)
+            assert shape(record) == (3, [], ["SOA db.root.example.test."])
+            assert (record.header.aa, record.header.id) == (1, id_)
+        assert setup.upstreams.asked == []
+        assert setup.counters["answers_nxdomain"] == 2
+
+    run(main())
+
+
+def test_missing_name_is_asked_once_per_spelling_until_its_time_is_over() -> None:
+    async def main() -> None:
+        setup = Setup()
+        setup.names.set_outcome(MISSING, NameOutcome.NO_SUCH_NAME, valid_seconds=60)
+        for qtype in ("A", "AAAA", "HTTPS", "A"):
+            await setup.ask(make_query(MISSING, qtype))
+        assert setup.names.asked == [MISSING]
+        # A database whose name has capitals is found by that spelling alone.
+        setup.names.give(MISSING, "100.64.0.9")
+        assert shape(await setup.record(MISSING.title()))[1] == ["A 100.64.0.9"]
+        later = asyncio.get_running_loop().time() + 1e6
+        assert isinstance(setup.service.at_once(make_query(MISSING), later), Query)
+
+    run(main())
+
+
+def test_missing_name_that_is_valid_for_no_time_is_asked_each_time() -> None:
+    async def main() -> None:
+        setup = Setup()
+        setup.names.set_outcome(MISSING, NameOutcome.NO_SUCH_NAME)
+        assert shape(await setup.record(MISSING))[0] == 3
+        setup.names.give(MISSING, "100.64.0.9")
+        assert shape(await setup.record(MISSING))[1] == ["A 100.64.0.9"]
 
     run(main())
 
@@ -327,6 +370,21 @@ def test_flood_of_foreign_names_leaves_our_own_in_place() -> None:
             await setup.ask(make_query(f"n{number}.test"))
         assert isinstance(setup.service.at_once(make_query(NAME), setup.now), bytes)
         assert setup.counters["cache_hits"] == 1
+
+    run(main())
+
+
+def test_flood_of_missing_names_leaves_our_own_in_place() -> None:
+    async def main() -> None:
+        setup = Setup(limits=Limits(packed_answers=2, own_names=2, missing_names=2))
+        await setup.ask(make_query(NAME))
+        for number in range(5):
+            name = f"{number}.db.root.example.test"
+            setup.names.set_outcome(name, NameOutcome.NO_SUCH_NAME, valid_seconds=60)
+            assert shape(await setup.record(name))[0] == 3
+        asked = len(setup.names.asked)
+        assert shape(await setup.record(NAME)) == (0, ["A 100.64.0.7"], [])
+        assert len(setup.names.asked) == asked
 
     run(main())
 

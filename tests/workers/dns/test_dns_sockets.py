@@ -22,6 +22,7 @@ from dns_fakes import (
 )
 from dnslib import DNSRecord
 
+from ipc.messages import NameOutcome
 from workers.dns.service import DnsService, Limits
 from workers.dns.tally import Tally
 from workers.dns.tcp import TcpLimits, TcpServer
@@ -86,6 +87,25 @@ def test_udp_answers_own_and_foreign_names() -> None:
             assert await ask_udp(front.udp, foreign) == forwarded_answer(foreign)
             assert front.counters["cache_hits"] == 1
             await wait_until(lambda: front.counters["latency_count"] == 3)
+
+    run(main())
+
+
+def test_name_that_nothing_has_is_nxdomain_over_udp_and_tcp() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            name = "orders.db.root.example.test"
+            front.names.set_outcome(name, NameOutcome.NO_SUCH_NAME, valid_seconds=60)
+            reader, writer = await connect_tcp(front.tcp)
+            for id_ in (1, 2):
+                query = make_query(name, id_=id_)
+                writer.write(frame(query))
+                for data in (await ask_udp(front.udp, query), await read_frame(reader)):
+                    record = DNSRecord.parse(data)
+                    assert (record.header.id, record.header.rcode, record.rr) == (id_, 3, [])
+                    assert str(record.auth[0].rname) == "db.root.example.test."
+            writer.close()
+            assert front.upstreams.asked == []
 
     run(main())
 

@@ -30,6 +30,7 @@ from ipc.messages import (
     ConfigureDns,
     NameOutcome,
     NameResolved,
+    NamesChanged,
     NetworkChanged,
     ResolveAddress,
     ResolveName,
@@ -128,6 +129,14 @@ def test_worker_serves_follows_changes_and_stops() -> None:
             assert str(DNSRecord.parse(await read_frame(reader)).rr[0].rdata) == NAME + "."
             foreign = make_query("www.example.test")
             assert await ask_udp(runtime.udp, foreign) == forwarded_answer(foreign)
+
+            # Answers are given again until names may have changed.
+            asked = [sum(len(bus.received) for bus in runtime.buses.values())]
+            for _ in range(2):
+                assert await ask_udp(runtime.udp, make_query(NAME, "AAAA")) == own.pack()
+                asked.append(sum(len(bus.received) for bus in runtime.buses.values()))
+                runtime.on_message(NamesChanged(), [])
+            assert [count - asked[0] for count in asked] == [0, 0, 1]
 
             runtime.on_message(UpstreamChanged(upstream=[]), [])
             answer = DNSRecord.parse(await ask_udp(runtime.udp, foreign))

@@ -1,13 +1,28 @@
 """Stand-ins for what Admission and Naming join: clusters, book, bus and supervisor."""
 
+import asyncio
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
+from typing import Any
 
 from ipc import messages as m
-from workers.proxy.book import Book, BookError, BookTarget, Entry
+from workers.proxy.book import APP, Book, BookError, BookTarget, Entry
+from workers.proxy.dial_plan import DialPlan
 from workers.proxy.teleport.apps import App
-from workers.proxy.teleport.client import AppTarget, NotOurs
+from workers.proxy.teleport.databases import Database
+from workers.proxy.teleport.errors import UnknownAppError
+from workers.proxy.teleport.targets import (
+    AppTarget,
+    ClusterTarget,
+    DatabaseTarget,
+    NotOurs,
+    Owner,
+    Resolution,
+    Target,
+)
 
+PLAN = DialPlan(host="proxy.example.test", port=443, tls=None)
+WEB_PLAN = DialPlan(host="proxy.example.test", port=3080, tls=None)
 NETWORK = m.Network(
     interface="vnet0",
     mtu=65535,
@@ -20,25 +35,49 @@ NETWORK = m.Network(
 )
 
 
+PROFILE = "teleport.example.test"
+WEB_PORT = 3080
+OWNER = Owner(PROFILE, "alice", "example.test")
+
+
 class FakeTeleport:
-    """Answers with what the test put into `targets` and `dial_result`."""
+    """Answers with what the test put into its members; `fresh` has what was made a moment ago."""
 
     def __init__(self) -> None:
-        self.targets: dict[str, AppTarget | Exception] = {}
-        self.dial_result: object = None
+        self.targets: dict[str, Resolution | Exception] = {}
+        self.fresh: dict[str, Resolution | Exception] = {}
+        self.plan_result: DialPlan | Exception | asyncio.Event = PLAN
+        self.owners: dict[str, Owner] = {PROFILE: OWNER}
         self.spellings: list[str] = []
+        self.planned: list[tuple[Target, int]] = []
 
-    async def resolve(self, name: str, spelling: str = "") -> AppTarget | NotOurs:
+    async def resolve(self, name: str, spelling: str = "", *, fresh: bool = False) -> Resolution:
         self.spellings.append(spelling)
         found = self.targets.get(name, NotOurs())
+        if fresh:
+            found = self.fresh.get(name, found)
         if isinstance(found, Exception):
             raise found
         return found
 
-    async def dial_parameters(self, _target: AppTarget, _port: int) -> object:
-        if isinstance(self.dial_result, Exception):
-            raise self.dial_result
-        return self.dial_result
+    async def plan(self, target: Target, port: int) -> DialPlan:
+        self.planned.append((target, port))
+        if isinstance(self.plan_result, Exception):
+            raise self.plan_result
+        if isinstance(self.plan_result, asyncio.Event):
+            await self.plan_result.wait()
+        return PLAN
+
+    def web_plan(self, profile: str) -> DialPlan:
+        if profile not in self.owners:
+            raise UnknownAppError(f"there is no profile {profile} any more")
+        return WEB_PLAN
+
+    def web_port(self, profile: str) -> int | None:
+        return WEB_PORT if profile in self.owners else None
+
+    def owner(self, profile: str) -> Owner | None:
+        return self.owners.get(profile)
 
 
 class BrokenBook:
@@ -53,18 +92,35 @@ class BrokenBook:
     by_name = by_address = assign = _fail
 
 
+def place(ipv4_range: str | None = None, leaf: str = "") -> dict[str, Any]:
+    """What all targets have."""
+    return {
+        "profile": PROFILE,
+        "root_cluster": "example.test",
+        "leaf": leaf,
+        "ipv4_range": None if ipv4_range is None else IPv4Network(ipv4_range),
+    }
+
+
 def app_target(name: str = "pg", ipv4_range: str | None = None) -> AppTarget:
-    return AppTarget(
-        profile="teleport.example.test",
-        root_cluster="example.test",
-        leaf="",
-        app=App(name=name, public_addr=f"{name}.example.test", uri="tcp://127.0.0.1:1", ports=None),
-        ipv4_range=None if ipv4_range is None else IPv4Network(ipv4_range),
+    app = App(name=name, public_addr=f"{name}.example.test", uri="tcp://127.0.0.1:1", ports=None)
+    return AppTarget(app=app, **place(ipv4_range))
+
+
+def database_target(name: str = "orders", ipv4_range: str | None = None) -> DatabaseTarget:
+    return DatabaseTarget(database=Database(name, "postgres"), **place(ipv4_range))
+
+
+def cluster_target(host: str = "node", ipv4_range: str | None = None) -> ClusterTarget:
+    return ClusterTarget(host=host, **place(ipv4_range))
+
+
+def fill(
+    book: Book, name: str, network: str = "100.64.0.0/10", *, kind: str = APP, spelling: str = ""
+) -> IPv4Address:
+    target = BookTarget(
+        profile=PROFILE, leaf="", cluster="c", resource="a", kind=kind, spelling=spelling
     )
-
-
-def fill(book: Book, name: str, network: str = "100.64.0.0/10") -> IPv4Address:
-    target = BookTarget(profile="p", leaf="", cluster="c", app="a")
     return book.assign(name, IPv4Network(network), target).address
 
 

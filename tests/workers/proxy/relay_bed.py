@@ -5,6 +5,7 @@ program (thread, plain socket) --> listener, dial, Relay (event loop) --> Peer (
 
 import asyncio
 import gc
+import hashlib
 import socket
 import ssl
 import time
@@ -15,6 +16,7 @@ import uvloop
 from tls_peers import DEADLINE_SECONDS, SERVER_NAME, Peer, client_context
 
 from workers.proxy.dial import dial
+from workers.proxy.dial_plan import DialPlan, TlsPlan
 from workers.proxy.reactor import Reactor
 from workers.proxy.relay import Relay, RelayOutcome
 from workers.proxy.upstream import Upstream
@@ -45,22 +47,19 @@ with asyncio.Runner(loop_factory=uvloop.new_event_loop) as _runner:
 class Bed:
     """Listener, relays and their outcomes, inside a running event loop."""
 
-    def __init__(self, peer: Peer, context: ssl.SSLContext, max_pending_bytes: int) -> None:
+    def __init__(self, plan: DialPlan, max_pending_bytes: int) -> None:
         self.reactor = Reactor(asyncio.get_running_loop())
         self.memory = self.reactor.memory
         self.relays: list[Relay] = []
         self.outcomes: list[RelayOutcome] = []
         self.max_pending_bytes = max_pending_bytes
-        self._peer = peer
-        self._context = context
+        self._plan = plan
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self._listener.setblocking(False)
         self.address = self._listener.getsockname()
 
     async def dial(self) -> Upstream:
-        return await dial(
-            "127.0.0.1", self._peer.port, self._context, SERVER_NAME, 20.0, self.reactor
-        )
+        return await dial(self._plan, 20.0, self.reactor)
 
     async def accept(self) -> None:
         """Dials first, as the product does, then joins the next program to it."""
@@ -93,6 +92,10 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+def tls_plan(port: int, context: ssl.SSLContext) -> DialPlan:
+    return DialPlan("127.0.0.1", port, TlsPlan(context, SERVER_NAME))
+
+
 def program(address: tuple[str, int]) -> socket.socket:
     return socket.create_connection(address, timeout=DEADLINE_SECONDS)
 
@@ -101,19 +104,41 @@ def receive_all(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(1 << 20), b""))
 
 
+def digest(data: bytes) -> bytes:
+    """Megabytes that differ would make a long message."""
+    return hashlib.sha256(data).digest()
+
+
+async def one_program(bed: Bed, talk: Callable[[socket.socket], object]):
+    """One relayed program, `talk(connection)` in a thread; its result and the relay's outcome."""
+
+    def run():
+        with program(bed.address) as connection:
+            return talk(connection)
+
+    accepted = asyncio.create_task(bed.accept())
+    result = await asyncio.to_thread(run)
+    await accepted
+    await bed.ended()
+    return result, bed.outcomes[0]
+
+
 def run_in_bed(
     peer: Peer,
     scenario,
     *,
     alpn: str = "teleport-tcp",
     context: ssl.SSLContext | None = None,
+    plan: DialPlan | None = None,
     max_pending_bytes: int = 64 * 1024,
     loop_factory=uvloop.new_event_loop,
 ):
     """Runs `await scenario(bed)` and checks that nothing is left open."""
+    if plan is None:
+        plan = tls_plan(peer.port, context or client_context(alpn))
 
     async def main():
-        bed = Bed(peer, context or client_context(alpn), max_pending_bytes)
+        bed = Bed(plan, max_pending_bytes)
         try:
             result = await scenario(bed)
         finally:

@@ -16,8 +16,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from demo.cluster.predicate import compile_predicate
+from workers.proxy.teleport.databases import database_id
+from workers.proxy.teleport.errors import RefusedError
 from workers.proxy.teleport.pb import auth_pb2, types_pb2, vnet_pb2
-from workers.proxy.teleport.session import Settings
+from workers.proxy.teleport.settings import Settings
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 # Certificates that meet the real clock lie between these.
@@ -107,15 +110,16 @@ ssh_dial_timeout: 30s
 """
 
 
-def write_home(directory: Path, certificate=None, proxy=PROXY, cluster=CLUSTER):
+def write_home(directory: Path, certificate=None, proxy=PROXY, cluster=CLUSTER, user="alice"):
     """A home in the layout of v17 with one login."""
     certificate = certificate or user_certificate()
     keys = directory / "keys" / proxy
     (keys / "cas").mkdir(parents=True, exist_ok=True)
-    (keys / "alice.crt").write_bytes(pem(certificate))
-    (keys / "alice.key").write_bytes(pem_key(USER_KEY))
+    (keys / f"{user}.crt").write_bytes(pem(certificate))
+    (keys / f"{user}.key").write_bytes(pem_key(USER_KEY))
     (keys / "cas" / f"{cluster}.pem").write_bytes(pem(AUTHORITY))
-    (directory / f"{proxy}.yaml").write_text(PROFILE.replace(PROXY, proxy))
+    profile = PROFILE.replace(PROXY, proxy).replace("alice", user)
+    (directory / f"{proxy}.yaml").write_text(profile)
     return keys
 
 
@@ -134,11 +138,32 @@ def app_server(app_name="pg", uri="tcp://127.0.0.1:5432", public_addr="", ports=
     )
 
 
+def database_server(database_name="orders", protocol="postgres", host="agent"):
+    return types_pb2.DatabaseServerV3(
+        Spec=types_pb2.DatabaseServerSpecV3(
+            Hostname=host,
+            Database=types_pb2.DatabaseV3(
+                Metadata=types_pb2.Metadata(Name=database_name),
+                Spec=types_pb2.DatabaseSpecV3(Protocol=protocol),
+            ),
+        )
+    )
+
+
 @dataclass
 class FakeApi:
-    """`AuthApi` with answers from memory. `error` makes every call raise it."""
+    """`AuthApi` with answers from memory. `error` makes every call raise it.
+
+    `leaves` are the apis of the leaf clusters by name, those in `offline` are not connected.
+    """
 
     apps: list = field(default_factory=lambda: [app_server()])
+    databases: list = field(default_factory=list)
+    knows_hashes: bool = True
+    leaves: dict = field(default_factory=dict)
+    offline: set = field(default_factory=set)
+    leaves_error: Exception | None = None
+    authorities: dict = field(default_factory=dict)
     zones: list = field(default_factory=list)
     ipv4_range: str = ""
     public_addr: str = f"{PROXY}:443"
@@ -149,12 +174,14 @@ class FakeApi:
     predicates: list = field(default_factory=list)
     requests: list = field(default_factory=list)
     gate: asyncio.Event | None = None
+    gates: dict = field(default_factory=dict)
     is_closed: bool = False
 
     async def _called(self, method):
         self.calls.append(method)
-        if self.gate is not None:
-            await self.gate.wait()
+        gate = self.gates.get(method, self.gate)
+        if gate is not None:
+            await gate.wait()
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
@@ -171,7 +198,40 @@ class FakeApi:
     async def app_servers(self, predicate, limit):
         await self._called("app_servers")
         self.predicates.append(predicate)
-        return [a for a in self.apps if f'"{a.Spec.App.Spec.PublicAddr}"' in predicate][:limit]
+        matches = compile_predicate(predicate)
+        return [a for a in self.apps if matches(_app_fields(a))][:limit]
+
+    async def database_servers(self, predicate, limit):
+        await self._called("database_servers")
+        self.predicates.append(predicate)
+        if not self.knows_hashes and "vnet_dns_name" in predicate:
+            raise RefusedError("resource.status.vnet_dns_name is not defined")
+        matches = compile_predicate(predicate)
+        return [d for d in self.databases if matches(_database_fields(d))][:limit]
+
+    async def resources(self, kind, *, search=()):
+        await self._called("resources")
+        assert (kind, search) == ("db_server", ())
+        for server in self.databases:
+            yield auth_pb2.PaginatedResource(DatabaseServer=server)
+
+    async def remote_clusters(self):
+        await self._called("remote_clusters")
+        if self.leaves_error is not None:
+            raise self.leaves_error
+        return [
+            types_pb2.RemoteClusterV3(
+                Metadata=types_pb2.Metadata(Name=leaf),
+                Status=types_pb2.RemoteClusterStatusV3(
+                    Connection="offline" if leaf in self.offline else "online"
+                ),
+            )
+            for leaf in self.leaves
+        ]
+
+    async def host_authority(self, cluster):
+        await self._called("host_authority")
+        return self.authorities.get(cluster, (der(AUTHORITY),))
 
     async def is_mfa_required(self, request):
         await self._called("is_mfa_required")
@@ -195,6 +255,16 @@ class FakeApi:
         self.is_closed = True
 
 
+def _app_fields(server):
+    app = server.Spec.App
+    return {"name": app.Metadata.Name, "resource.spec.public_addr": app.Spec.PublicAddr}
+
+
+def _database_fields(server):
+    name = server.Spec.Database.Metadata.Name
+    return {"name": name, "resource.status.vnet_dns_name": database_id(name)}
+
+
 class Clock:
     """Seconds that pass only when told."""
 
@@ -210,11 +280,16 @@ class Clock:
 
 def settings(api, clock, **changes):
     defaults = {
-        "connect": lambda login: api,
+        "connect": lambda _login, cluster, _authorities: api.leaves[cluster] if cluster else api,
         "clock": clock.monotonic,
         "wall_clock": clock.wall,
+        "look_up": no_addresses,
     }
     return Settings(**(defaults | changes))
+
+
+async def no_addresses(_host):
+    return []
 
 
 async def until(condition, seconds=5.0):

@@ -1,32 +1,38 @@
 """Verdicts and joining, with a dial, a relay and listeners of the test's own."""
 
 import asyncio
+import dataclasses
 import gc
+import logging
 import socket
 import struct
+from ipaddress import IPv4Address
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from glue_fakes import FakeTeleport, app_target
+from glue_fakes import (
+    OWNER,
+    PLAN,
+    PROFILE,
+    WEB_PLAN,
+    WEB_PORT,
+    FakeTeleport,
+    app_target,
+    cluster_target,
+    database_target,
+)
 
 from ipc.messages import DialRequest, DialVerdict, Refusal
 from workers.proxy import admission as module
 from workers.proxy import dial
 from workers.proxy.admission import Admission
-from workers.proxy.book import BookUnavailableError
+from workers.proxy.book import BookTarget, BookUnavailableError, Entry
+from workers.proxy.dial_plan import DialPlan
 from workers.proxy.listeners import NoListenerError
 from workers.proxy.naming import UnknownAddressError
 from workers.proxy.relay import RelayEnd, RelayOutcome
 from workers.proxy.teleport.errors import PortNotAllowedError, RefusedError, UnreachableError
-
-PARAMETERS = SimpleNamespace(
-    host="proxy.example.test",
-    port=443,
-    ssl_context=None,
-    server_hostname="proxy.example.test",
-    is_conn_upgrade_required=False,
-)
+from workers.proxy.teleport.targets import NoSuchName, NotOurs, Owner, Resolution, WebApp
 
 
 class FakeUpstream:
@@ -73,23 +79,34 @@ class FakeListeners:
 
 
 class FakeNaming:
+    """Every address has one name, which stands for `found`."""
+
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.found: Resolution = app_target()
+        self.asked = 0
 
-    async def target_of(self, _ipv4: bytes):
+    def entry_of(self, _ipv4: bytes) -> Entry:
         if self.error is not None:
             raise self.error
-        return "pg.example.test", app_target()
+        target = BookTarget(profile=PROFILE, leaf="", cluster="example.test", resource="pg")
+        return Entry("pg.example.test", IPv4Address("127.0.0.1"), target)
+
+    async def meaning_of(self, _entry: Entry) -> Resolution:
+        self.asked += 1
+        return self.found
 
 
 class Bed:
-    def __init__(self, max_connections: int = 10) -> None:
+    def __init__(self, max_connections: int = 10, max_long_waits: int = 100) -> None:
         self.verdicts: list[DialVerdict] = []
         self.naming, self.teleport, self.listeners = FakeNaming(), FakeTeleport(), FakeListeners()
-        self.teleport.dial_result = PARAMETERS
         self.counters: dict[str, int] = {}
         self.dialled: list[FakeUpstream] = []
-        self.dial_result: Exception | asyncio.Event | None = None
+        self.plans: list[DialPlan] = []
+        self.deadlines: list[float] = []
+        # One per dial; after the last each dial succeeds.
+        self.dial_results: list[Exception | asyncio.Event] = []
         self.admission = Admission(
             naming=self.naming,
             teleport=self.teleport,
@@ -97,15 +114,19 @@ class Bed:
             answer=self.verdicts.append,
             counters=self.counters,
             max_connections=max_connections,
+            max_long_waits=max_long_waits,
         )
         self.admission.listeners = self.listeners
         self.listener = socket.create_server(("127.0.0.1", 0))
 
-    async def dial(self, *_, **__):
-        if isinstance(self.dial_result, Exception):
-            raise self.dial_result
-        if isinstance(self.dial_result, asyncio.Event):
-            await self.dial_result.wait()
+    async def dial(self, plan: DialPlan, timeout_seconds: float, *_, **__) -> FakeUpstream:
+        self.plans.append(plan)
+        self.deadlines.append(timeout_seconds)
+        result = self.dial_results.pop(0) if self.dial_results else None
+        if isinstance(result, Exception):
+            raise result
+        if isinstance(result, asyncio.Event):
+            await result.wait()
         upstream = FakeUpstream()
         self.dialled.append(upstream)
         return upstream
@@ -116,13 +137,15 @@ class Bed:
         program.bind(("127.0.0.1", 0))
         return program
 
-    def request(self, program: socket.socket, flow_id: int = 1) -> DialRequest:
+    def request(
+        self, program: socket.socket, flow_id: int = 1, port: int | None = None
+    ) -> DialRequest:
         return DialRequest(
             flow_id=flow_id,
             source=b"\x7f\0\0\1",
             source_port=program.getsockname()[1],
             destination=b"\x7f\0\0\1",
-            destination_port=self.listener.getsockname()[1],
+            destination_port=self.listener.getsockname()[1] if port is None else port,
         )
 
     def connect(self, program: socket.socket) -> None:
@@ -132,10 +155,17 @@ class Bed:
         connection.setblocking(False)
         self.admission.accepted(connection)
 
-    async def verdict(self, program: socket.socket, flow_id: int = 1) -> Refusal | None:
-        self.admission.request(self.request(program, flow_id))
+    async def verdict(
+        self, program: socket.socket, flow_id: int = 1, port: int | None = None
+    ) -> Refusal | None:
+        self.admission.request(self.request(program, flow_id, port))
+        return await self.answer(flow_id)
+
+    async def answer(self, flow_id: int) -> Refusal | None:
+        """The verdict on a flow that was asked about."""
         await until(lambda: any(verdict.flow_id == flow_id for verdict in self.verdicts))
-        return self.verdicts[-1].refusal
+        [verdict] = [verdict for verdict in self.verdicts if verdict.flow_id == flow_id]
+        return verdict.refusal
 
     def count(self, name: str) -> int:
         self.admission.count()
@@ -154,6 +184,7 @@ def run(monkeypatch):
     FakeRelay.made = []
     monkeypatch.setattr(FakeRelay, "ends_at_once", False)
     monkeypatch.setattr(module, "Relay", FakeRelay)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
 
     def run_scenario(scenario, **options) -> None:
         async def main() -> None:
@@ -227,9 +258,9 @@ def test_relay_that_ends_at_its_start_is_not_kept(run, monkeypatch):
 def test_whatever_fails_the_program_is_refused_with_the_right_reason(run, part, error, refusal):
     async def scenario(bed: Bed, program: socket.socket) -> None:
         if part == "dial":
-            bed.dial_result = error
+            bed.dial_results = [error, error]
         elif part == "teleport":
-            bed.teleport.dial_result = error
+            bed.teleport.plan_result = error
         else:
             getattr(bed, part).error = error
         assert await bed.verdict(program) is refusal
@@ -239,19 +270,9 @@ def test_whatever_fails_the_program_is_refused_with_the_right_reason(run, part, 
     run(scenario)
 
 
-def test_proxy_behind_a_load_balancer_is_refused_in_this_version(run):
-    async def scenario(bed: Bed, program: socket.socket) -> None:
-        bed.teleport.dial_result = SimpleNamespace(
-            **vars(PARAMETERS) | {"is_conn_upgrade_required": True}
-        )
-        assert await bed.verdict(program) is Refusal.CLUSTER_UNREACHABLE
-
-    run(scenario)
-
-
 def test_abandoned_dial_ends_without_a_verdict(run):
     async def scenario(bed: Bed, program: socket.socket) -> None:
-        bed.dial_result = asyncio.Event()
+        bed.dial_results = [asyncio.Event()]
         bed.admission.request(bed.request(program))
         await until(lambda: bed.count("dialling_now") == 1)
         bed.admission.abandon(1)
@@ -265,13 +286,28 @@ def test_abandoned_dial_ends_without_a_verdict(run):
 
 def test_repeated_request_is_dialled_once(run):
     async def scenario(bed: Bed, program: socket.socket) -> None:
-        bed.dial_result = asyncio.Event()
+        held = asyncio.Event()
+        bed.dial_results = [held]
         for _ in range(3):
             bed.admission.request(bed.request(program))
-        bed.dial_result.set()
+        held.set()
         await until(lambda: bed.verdicts)
         assert len(bed.dialled) == 1
         assert len(bed.verdicts) == 1
+
+    run(scenario)
+
+
+def test_question_asked_again_after_the_verdict_is_answered_without_another_dial(run):
+    """The verdict may have been lost; tun asks until it has one."""
+
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        bed.admission.request(bed.request(program))
+        assert bed.verdicts == [DialVerdict(flow_id=1)] * 2
+        assert len(bed.dialled) == 1
+        bed.connect(program)
+        assert FakeRelay.made[0].upstream is bed.dialled[0]
 
     run(scenario)
 
@@ -331,14 +367,31 @@ def test_limit_counts_dials_waiting_and_relays_and_full_is_answered(run):
         bed.connect(program)
         with bed.program() as second, bed.program() as third, bed.program() as fourth:
             await bed.verdict(second, flow_id=2)
-            bed.dial_result = asyncio.Event()
+            held = asyncio.Event()
+            bed.dial_results = [held]
             bed.admission.request(bed.request(third, flow_id=3))
             assert await bed.verdict(fourth, flow_id=4) is Refusal.TOO_MANY
             FakeRelay.made[0].end()
-            bed.dial_result.set()
+            held.set()
             assert await bed.verdict(fourth, flow_id=5) is None
 
     run(scenario, max_connections=3)
+
+
+def test_connection_counts_once_from_its_verdict_on(run):
+    """The program's next SYN may come before anything else happens here."""
+
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        def answer(verdict: DialVerdict) -> None:
+            bed.verdicts.append(verdict)
+            if verdict.flow_id == 1:
+                bed.admission.request(bed.request(program, 2, port=1))
+
+        bed.admission._answer = answer
+        assert await bed.verdict(program) is None
+        assert await bed.answer(2) is None
+
+    run(scenario, max_connections=2)
 
 
 def test_expected_place_is_known_until_the_program_comes(run):
@@ -360,10 +413,189 @@ def test_close_ends_dials_waiting_and_relays(run):
         bed.connect(program)
         with bed.program() as second, bed.program() as third:
             await bed.verdict(second, flow_id=2)
-            bed.dial_result = asyncio.Event()
+            bed.dial_results = [asyncio.Event()]
             bed.admission.request(bed.request(third, flow_id=3))
             await asyncio.sleep(0)
             await bed.admission.close()
         assert FakeRelay.made[0].is_over
 
     run(scenario)
+
+
+@pytest.mark.parametrize("target", [app_target(), database_target()])
+def test_app_and_database_are_dialled_with_the_plan_for_their_port(run, target):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = target
+        assert await bed.verdict(program, port=WEB_PORT) is None
+        assert bed.teleport.planned == [(target, WEB_PORT)]
+        assert bed.plans == [PLAN]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("found", "port", "refusal", "sentence"),
+    [
+        (cluster_target(), 22, Refusal.PORT_NOT_ALLOWED, "SSH"),
+        (cluster_target(), 5432, Refusal.UNKNOWN_APP, "no app and no database has this name"),
+        (WebApp(PROFILE, "x"), 5432, Refusal.PORT_NOT_ALLOWED, f"port {WEB_PORT} alone"),
+        (WebApp("gone", "x"), WEB_PORT, Refusal.PORT_NOT_ALLOWED, "no port"),
+        (NotOurs(), WEB_PORT, Refusal.UNKNOWN_APP, "no app any more"),
+        (NoSuchName(), WEB_PORT, Refusal.UNKNOWN_APP, "no app any more"),
+    ],
+)
+def test_other_names_are_refused_with_the_reason(run, caplog, found, port, refusal, sentence):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = found
+        assert await bed.verdict(program, port=port) is refusal
+        assert f"pg.example.test at 127.0.0.1:{port} refused ({refusal}): " in caplog.text
+        assert sentence in caplog.text
+        assert bed.plans == []
+
+    with caplog.at_level(logging.INFO):
+        run(scenario)
+
+
+@pytest.mark.parametrize(("found", "asked"), [(cluster_target(), 1), (WebApp(PROFILE, "x"), 3)])
+def test_web_port_of_an_undecided_name_is_relayed_and_asked_for_once(run, found, asked):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = found
+        for flow_id in (1, 2, 3):
+            assert await bed.verdict(program, flow_id, port=WEB_PORT) is None
+        assert bed.plans == [WEB_PLAN] * 3
+        assert bed.naming.asked == asked
+        assert await bed.verdict(program, 4, port=80) is not None
+        assert bed.naming.asked == asked + 1
+
+    run(scenario)
+
+
+def test_web_relay_ends_with_its_profile(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = cluster_target()
+        assert await bed.verdict(program, port=WEB_PORT) is None
+        bed.teleport.owners.clear()
+        assert await bed.verdict(program, 2, port=WEB_PORT) is Refusal.UNKNOWN_APP
+        bed.admission.cut(OWNER)
+        bed.naming.found = NotOurs()
+        assert await bed.verdict(program, 3, port=WEB_PORT) is Refusal.UNKNOWN_APP
+        assert bed.naming.asked == 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("error", [dial.ProxyUnreachableError, dial.DialRefusedError])
+def test_proxy_that_restarts_is_dialled_once_more_within_the_same_time(run, error):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.dial_results = [error("connection closed")]
+        assert await bed.verdict(program) is None
+        assert len(bed.plans) == 2
+        assert bed.deadlines[1] <= bed.deadlines[0] == module.DIAL_SECONDS
+        assert len(bed.teleport.planned) == 1
+        bed.dial_results = [error("closed"), error("closed"), error("closed")]
+        assert await bed.verdict(program, 2) is not None
+        assert len(bed.plans) == 4
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "error", [dial.DialTimedOutError, dial.ProxyUntrustedError, dial.HandshakeFailedError]
+)
+def test_other_failures_are_not_tried_again(run, error):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.dial_results = [error("x")]
+        assert await bed.verdict(program) is not None
+        assert len(bed.plans) == 1
+
+    run(scenario)
+
+
+def test_dial_that_used_up_its_time_is_not_tried_again(run, monkeypatch):
+    monkeypatch.setattr(module, "DIAL_SECONDS", 0.0)
+
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.dial_results = [dial.ProxyUnreachableError("x")]
+        assert await bed.verdict(program) is Refusal.CLUSTER_UNREACHABLE
+        assert len(bed.plans) == 1
+
+    run(scenario)
+
+
+def test_end_of_a_login_cuts_all_that_was_made_with_it_and_nothing_else(run, caplog):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        other = dataclasses.replace(OWNER, user="bob")
+        await bed.verdict(program, 1)
+        bed.connect(program)
+        with bed.program() as web, bed.program() as waiting, bed.program() as bobs:
+            bed.naming.found = WebApp(PROFILE, "x")
+            port = bed.listener.getsockname()[1]
+            bed.teleport.web_port = lambda _profile: port
+            await bed.verdict(web, 2)
+            bed.connect(web)
+            bed.naming.found = app_target()
+            await bed.verdict(waiting, 3)
+            bed.teleport.plan_result = asyncio.Event()
+            bed.admission.request(bed.request(waiting, 4, port=1))
+            await until(lambda: len(bed.teleport.planned) == 3)
+            bed.teleport.owners[PROFILE] = other
+            bed.admission.request(bed.request(bobs, 5, port=2))
+            await until(lambda: len(bed.teleport.planned) == 4)
+
+            bed.admission.cut(Owner("another", "alice", "example.test"))
+            assert not any(relay.is_over for relay in FakeRelay.made)
+            bed.admission.cut(OWNER)
+            assert [relay.is_over for relay in FakeRelay.made] == [True, False]
+            assert bed.dialled[2].is_closed
+            assert await bed.answer(4) is Refusal.NOT_LOGGED_IN
+            await until(lambda: bed.count("dialling_now") == 1)
+            bed.teleport.plan_result.set()
+            assert await bed.answer(5) is None
+            assert [v.flow_id for v in bed.verdicts].count(4) == 1
+            bed.connect(waiting)  # too late: nothing waits for it any more
+            assert bed.count("connections_orphaned") == 1
+        lines = [line for line in caplog.text.splitlines() if "cuts connections" in line]
+        assert len(lines) == 1
+        assert lines[0].endswith(
+            "the login of alice at teleport.example.test has ended, which cuts connections: 3"
+        )
+
+    with caplog.at_level(logging.INFO):
+        run(scenario)
+
+
+def test_those_who_wait_for_a_second_factor_leave_room_for_others(run, monkeypatch):
+    monkeypatch.setattr(module, "THIN_SECONDS", 0.01)
+
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        waits = bed.admission._long_waits
+        waits._long_seconds = 0.05
+        bed.teleport.plan_result = asyncio.Event()
+        for flow_id in range(1, 9):
+            bed.admission.request(bed.request(program, flow_id, port=flow_id))
+        await until(lambda: len(bed.verdicts) == 5)
+        assert {v.refusal for v in bed.verdicts} == {Refusal.TOO_MANY}
+        # The first ones stay; another one finds no place.
+        assert sorted(v.flow_id for v in bed.verdicts) == [4, 5, 6, 7, 8]
+        await until(lambda: bed.count("dialling_now") == 3)
+        assert await bed.verdict(program, 9, port=9) is Refusal.TOO_MANY
+        bed.teleport.plan_result.set()
+        for flow_id in (1, 2, 3):
+            assert await bed.answer(flow_id) is None
+        assert len(waits) == 0
+        assert await bed.verdict(program, 10, port=10) is None
+
+    run(scenario, max_connections=100, max_long_waits=3)
+
+
+def test_the_same_refusal_is_told_once_and_counted(run, caplog):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = NotOurs()
+        for flow_id in range(1, 1001):
+            await bed.verdict(program, flow_id)
+        assert bed.count("connections_failed") == 1000
+        lines = [line for line in caplog.text.splitlines() if "refused (" in line]
+        assert len(lines) == 1
+
+    with caplog.at_level(logging.INFO):
+        run(scenario, max_connections=2000)

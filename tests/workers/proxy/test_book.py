@@ -3,11 +3,14 @@ import multiprocessing
 import sqlite3
 from ipaddress import IPv4Address, IPv4Network
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workers.proxy.book import (
+    CLUSTER,
+    DATABASE,
     Book,
     BookTarget,
     BookUnavailableError,
@@ -19,8 +22,9 @@ from workers.proxy.probe_order import probe_order
 RANGE = IPv4Network("100.64.0.0/10")
 SMALL = IPv4Network("10.0.0.0/27")
 RESERVED = [IPv4Address("100.64.0.1"), IPv4Address("100.64.0.2")]
-TARGET = BookTarget(profile="proxy.test", leaf="", cluster="root.test", app="pg")
-OTHER = BookTarget(profile="proxy.test", leaf="leaf.test", cluster="leaf.test", app="pg")
+TARGET = BookTarget(profile="proxy.test", leaf="", cluster="root.test", resource="pg")
+OTHER = BookTarget(profile="proxy.test", leaf="leaf.test", cluster="leaf.test", resource="pg")
+HOST = BookTarget(profile="proxy.test", leaf="", cluster="root.test", resource="node", kind=CLUSTER)
 
 
 @pytest.fixture
@@ -139,6 +143,67 @@ def _assign_many(path, number, results):
     results.put(pairs)
 
 
+def test_a_name_that_was_an_app_and_is_a_database_now_is_updated(make_book):
+    book = make_book()
+    address = book.assign("a.test", RANGE, TARGET).address
+    database = msgspec.structs.replace(TARGET, kind=DATABASE)
+    assert book.assign("a.test", RANGE, database).address == address
+    assert make_book().by_name("a.test").target == database
+
+
+def test_entries_of_the_first_version_are_apps(make_book):
+    """And what is written now still has the keys that such a version needs."""
+    book = make_book()
+    old = {"profile": "p", "leaf": "", "cluster": "c", "app": "pg"}
+    for name, address, more in (("a.test", 7, {}), ("b.test", 8, {"public_addr": "B.test"})):
+        book._database.execute(
+            "INSERT INTO names VALUES (?, ?, ?)", (name, address, msgspec.json.encode(old | more))
+        )
+    known = BookTarget(profile="p", leaf="", cluster="c", resource="pg")
+    assert book.by_name("a.test").target == known
+    assert book.by_name("b.test").target == msgspec.structs.replace(known, spelling="B.test")
+    assert book.by_name("a.test").target.kind == "app"
+    written = msgspec.json.decode(msgspec.json.encode(TARGET))
+    assert written.keys() >= old.keys() | {"public_addr"}
+
+
+def test_entry_of_a_later_version_is_no_damage(make_book):
+    book = make_book()
+    target = b'{"profile":"","leaf":"","cluster":"","app":"x","kind":"git","color":"red"}'
+    book._database.execute("INSERT INTO names VALUES (?, ?, ?)", ("a.test", 7, target))
+    assert book.by_name("a.test").target.resource == "x"
+
+
+def test_names_below_a_cluster_take_at_most_half_of_a_range(make_book):
+    book = make_book(reserved=[])
+    for i in range(100):
+        book.assign(f"{i}.root.test", SMALL, HOST)
+        assert book.by_name(f"{i}.root.test")
+    kept = [i for i in range(100) if book.by_name(f"{i}.root.test")]
+    assert len(kept) == 15
+    apps = [book.assign(f"app-{i}.test", SMALL, TARGET) for i in range(15)]
+    with pytest.raises(RangeFullError):
+        book.assign("more.test", SMALL, TARGET)
+    book.assign("another.root.test", SMALL, HOST)
+    assert all(book.by_name(entry.name) == entry for entry in apps)
+
+
+def test_names_below_a_cluster_have_a_limit_and_apps_do_not_count(make_book):
+    book = make_book(max_cluster_names=3)
+    for i in range(5):
+        book.assign(f"app-{i}.test", RANGE, TARGET)
+    entries = [book.assign(f"{i}.root.test", RANGE, HOST) for i in range(3)]
+    assert [book.by_name(entry.name) for entry in entries] == entries
+    # Known names need no room, whatever becomes of them.
+    book.assign("0.root.test", RANGE, TARGET)
+    book.assign("3.root.test", RANGE, HOST)
+    assert book.by_name("1.root.test")
+    assert book.by_name("2.root.test")
+    book.assign("4.root.test", RANGE, HOST)
+    assert sum(book.by_name(f"{i}.root.test") is not None for i in range(1, 5)) == 3
+    assert all(book.by_name(f"app-{i}.test") for i in range(5))
+
+
 def test_parallel_processes_never_give_one_address_twice(path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -244,7 +309,7 @@ def test_a_full_disk_is_an_error_of_its_own_and_known_names_still_work(make_book
     book = make_book()
     address = book.assign("a.test", RANGE, TARGET).address
     book._database.execute("PRAGMA max_page_count = 1")
-    big = BookTarget(profile="p" * 100_000, leaf="", cluster="", app="")
+    big = BookTarget(profile="p" * 100_000, leaf="", cluster="", resource="")
     with pytest.raises(BookUnavailableError, match="full"):
         book.assign("b.test", RANGE, big)
     assert book.by_name("b.test") is None

@@ -18,8 +18,13 @@ from workers.proxy.dial import (
     ProxyUntrustedError,
     dial,
 )
+from workers.proxy.dial_plan import DialPlan, TlsPlan
 from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
+
+
+def plan_for(port, context=None, host="127.0.0.1"):
+    return DialPlan(host, port, TlsPlan(context or client_context(), SERVER_NAME))
 
 
 def in_loop(talk, loop_factory=uvloop.new_event_loop):
@@ -47,14 +52,8 @@ def run(peer: Peer | None, *, port=0, host="127.0.0.1", context=None, timeout_se
     """Dials once and closes."""
 
     async def talk(reactor):
-        upstream = await dial(
-            host,
-            port or peer.port,
-            context or client_context(),
-            SERVER_NAME,
-            timeout_seconds,
-            reactor,
-        )
+        plan = plan_for(port or peer.port, context, host)
+        upstream = await dial(plan, timeout_seconds, reactor)
         negotiated = upstream.alpn, upstream.is_ping
         upstream.close()
         return negotiated
@@ -84,7 +83,7 @@ def test_an_unknown_name_is_unreachable():
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
         asyncio.get_running_loop().getaddrinfo = fail
-        await dial("proxy.invalid", 1, client_context(), SERVER_NAME, 5.0, reactor)
+        await dial(plan_for(1, host="proxy.invalid"), 5.0, reactor)
 
     with pytest.raises(ProxyUnreachableError, match="not known"):
         in_loop(talk, asyncio.new_event_loop)
@@ -155,7 +154,7 @@ def dial_over(addresses, peer_port: int):
             ]
 
         asyncio.get_running_loop().getaddrinfo = resolve
-        upstream = await dial("proxy.test", peer_port, client_context(), SERVER_NAME, 10.0, reactor)
+        upstream = await dial(plan_for(peer_port, host="proxy.test"), 10.0, reactor)
         where = upstream.endpoint.socket.getpeername()[:2]
         upstream.close()
         return where
@@ -211,9 +210,7 @@ def test_a_remembered_address_that_died_is_looked_up_again():
             asyncio.get_running_loop().getaddrinfo = resolve
             known = ProxyAddresses(remembered_seconds=60)
             await known.find("proxy.test", 443)
-            upstream = await dial(
-                "proxy.test", 443, client_context(), SERVER_NAME, 10.0, reactor, known=known
-            )
+            upstream = await dial(plan_for(443, host="proxy.test"), 10.0, reactor, known=known)
             upstream.close()
             return ports
 
@@ -236,9 +233,7 @@ def test_a_cancelled_dial_leaves_nothing_open():
             pass
 
     async def talk(reactor):
-        dialling = asyncio.create_task(
-            dial("127.0.0.1", peer.port, client_context(), SERVER_NAME, 20.0, reactor)
-        )
+        dialling = asyncio.create_task(dial(plan_for(peer.port), 20.0, reactor))
         await asyncio.to_thread(arrived.wait)
         dialling.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -250,7 +245,7 @@ def test_a_cancelled_dial_leaves_nothing_open():
 
 def test_idle_upstreams_keep_alive():
     async def talk(reactor):
-        upstream = await dial("127.0.0.1", peer.port, client_context(), SERVER_NAME, 20.0, reactor)
+        upstream = await dial(plan_for(peer.port), 20.0, reactor)
         sock = upstream.endpoint.socket
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

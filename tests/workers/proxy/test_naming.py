@@ -1,25 +1,34 @@
 """What dns is told about a name: clusters first, then the address book."""
 
 import asyncio
+import dataclasses
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
 import pytest
-from glue_fakes import NETWORK, BrokenBook, FakeTeleport, app_target, fill
+from glue_fakes import (
+    NETWORK,
+    PROFILE,
+    BrokenBook,
+    FakeTeleport,
+    app_target,
+    cluster_target,
+    database_target,
+    fill,
+)
 
 from ipc.messages import NameOutcome, Refusal
 from workers.proxy.book import Book, BookUnavailableError, RangeFullError
 from workers.proxy.naming import Naming, UnknownAddressError
 from workers.proxy.naming_outcome import UNCERTAIN_SECONDS, VALID_SECONDS, Answer
-from workers.proxy.teleport.client import NotOurs
 from workers.proxy.teleport.errors import (
     LoginExpiredError,
     NotLoggedInError,
     TeleportError,
-    UnknownAppError,
     UnreachableError,
     ZonesUnknownError,
 )
+from workers.proxy.teleport.targets import NoSuchName, NotOurs, WebApp
 
 NAME = "pg.example.test"
 FAILED = Answer(NameOutcome.FAILED, None, 0.0)
@@ -131,6 +140,21 @@ def test_known_name_is_answered_from_the_book_while_its_cluster_cannot_be_asked(
     assert resolve(naming) == Answer(NameOutcome.ADDRESS, known.packed, UNCERTAIN_SECONDS)
 
 
+@pytest.mark.parametrize("network", ["100.64.0.0/10", "10.66.0.0/16"])
+@pytest.mark.parametrize(
+    "error",
+    [NotLoggedInError("no login"), ZonesUnknownError(UnreachableError("another is down"))],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_known_name_is_forwarded_when_nobody_is_logged_in_where_it_was(
+    naming, teleport, book, error, network
+):
+    fill(book, NAME, network)
+    teleport.owners.clear()
+    teleport.targets[NAME] = error
+    assert resolve(naming) == Answer(NameOutcome.NOT_OURS, None, UNCERTAIN_SECONDS)
+
+
 @pytest.mark.parametrize(
     ("error", "answer"),
     [
@@ -172,26 +196,95 @@ def test_book_that_cannot_be_used_fails_ours_and_leaves_others_alone(teleport):
     assert resolve(naming, "www.test").outcome is NameOutcome.NOT_OURS
 
 
-def test_target_of_an_address(naming, teleport, book):
-    address = fill(book, NAME).packed
-    teleport.targets[NAME] = app_target()
-    assert asyncio.run(naming.target_of(address)) == (NAME, app_target())
+TARGETS = [app_target(), database_target("pg"), cluster_target()]
 
 
-@pytest.mark.parametrize(
-    ("target", "error"),
-    [(NotOurs(), UnknownAppError), (UnreachableError("down"), UnreachableError)],
-    ids=["gone", "unreachable"],
-)
-def test_target_that_is_gone_or_cannot_be_asked(naming, teleport, book, target, error):
-    address = fill(book, NAME).packed
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: type(target).__name__)
+def test_every_kind_of_target_gets_an_address_of_its_own_and_stays_findable(
+    naming, teleport, book, target
+):
     teleport.targets[NAME] = target
-    with pytest.raises(error):
-        asyncio.run(naming.target_of(address))
+    answer = resolve(naming)
+    assert answer.outcome is NameOutcome.ADDRESS
+    entry = naming.entry_of(answer.ipv4)
+    assert (entry.name, entry.target.profile) == (NAME, PROFILE)
+    assert entry.target.cluster == "example.test"
+    assert asyncio.run(naming.meaning_of(entry)) == target
+    ranged = dataclasses.replace(target, ipv4_range=IPv4Network("10.1.0.0/16"))
+    teleport.targets["other.test"] = ranged
+    assert resolve(naming, "other.test").ipv4[:2] == b"\x0a\x01"
+
+
+def test_book_follows_what_a_name_stands_for(naming, teleport, book):
+    notes = []
+    for target in TARGETS:
+        teleport.targets[NAME] = target
+        notes.append((resolve(naming).ipv4, book.by_name(NAME).target))
+    addresses, targets = zip(*notes, strict=True)
+    assert len(set(addresses)) == 1
+    assert [(t.kind, t.resource) for t in targets] == [
+        ("app", "pg"),
+        ("database", "pg"),
+        ("cluster", "node"),
+    ]
+
+
+def test_spelling_of_the_cluster_is_remembered(naming, teleport, book):
+    """A program connects by address long after it was told; the cluster compares bytes."""
+    app = app_target("PG")
+    teleport.targets["pg.example.test"] = app
+    teleport.targets["orders.db.proxy.test"] = database_target("Orders")
+    teleport.targets["x7.db.proxy.test"] = database_target("Not A Label")
+    for name, spelling in (
+        ("pg.example.test", "PG.example.test"),
+        ("orders.db.proxy.test", "Orders.db.proxy.test"),
+        ("x7.db.proxy.test", ""),
+    ):
+        resolve(naming, name)
+        asyncio.run(naming.meaning_of(book.by_name(name)))
+        assert teleport.spellings[-1] == spelling
+
+
+@pytest.mark.parametrize("found", [NotOurs(), WebApp(PROFILE, "grafana")])
+def test_names_that_ordinary_dns_knows_are_forwarded(naming, teleport, book, found):
+    teleport.targets[NAME] = found
+    assert resolve(naming) == Answer(NameOutcome.NOT_OURS, None, VALID_SECONDS)
+    assert book.by_name(NAME) is None
+
+
+def test_name_that_nothing_has_does_not_exist(naming, teleport, book):
+    fill(book, NAME)  # it had an address once
+    teleport.targets[NAME] = NoSuchName()
+    assert resolve(naming) == Answer(NameOutcome.NO_SUCH_NAME, None, VALID_SECONDS)
+
+
+@pytest.mark.parametrize("kind", ["app", "database", "cluster"])
+@pytest.mark.parametrize("stale", [NotOurs(), WebApp(PROFILE, "x"), cluster_target()])
+def test_app_made_after_its_name_was_asked_for_counts_at_the_next_connection(
+    naming, teleport, book, kind, stale
+):
+    fill(book, NAME, kind=kind)
+    teleport.targets[NAME] = stale
+    teleport.fresh[NAME] = app_target()
+    assert asyncio.run(naming.meaning_of(book.by_name(NAME))) == app_target()
+
+
+def test_known_app_is_not_asked_for_anew_at_each_connection(naming, teleport, book):
+    fill(book, NAME)
+    teleport.targets[NAME] = app_target()
+    teleport.fresh[NAME] = UnreachableError("asked")
+    assert asyncio.run(naming.meaning_of(book.by_name(NAME))) == app_target()
+
+
+def test_target_that_cannot_be_asked_is_an_error(naming, teleport, book):
+    fill(book, NAME)
+    teleport.targets[NAME] = UnreachableError("down")
+    with pytest.raises(UnreachableError):
+        asyncio.run(naming.meaning_of(book.by_name(NAME)))
 
 
 def test_address_that_nobody_has_is_refused_as_such(naming):
     with pytest.raises(UnknownAddressError) as caught:
-        asyncio.run(naming.target_of(b"\x64\x40\x09\x09"))
+        naming.entry_of(b"\x64\x40\x09\x09")
     assert caught.value.refusal is Refusal.UNKNOWN_ADDRESS
     assert naming.name_of(b"\x64\x40\x09\x09") is None

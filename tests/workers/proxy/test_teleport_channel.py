@@ -1,32 +1,33 @@
 """Errors of foreign libraries become errors of ours, each with the state and refusal it means."""
 
 import asyncio
-import contextlib
 import socket
 import ssl
-import threading
 
 import pytest
 import uvloop
+from auth_bed import handshaking_server, server_context
 from google.protobuf.message import DecodeError
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 from teleport_fakes import (
+    AUTHORITY,
+    AUTHORITY_KEY,
     LONG_AFTER,
     PROXY,
-    USER_KEY,
     make_authority,
-    pem,
-    pem_key,
     user_certificate,
     write_home,
 )
 
 from ipc.messages import ClusterState, Refusal
 from workers.proxy.teleport import auth_client
-from workers.proxy.teleport.channel import translate
-from workers.proxy.teleport.contexts import load_identity
+from workers.proxy.teleport.channel import MessageTooLargeError, translate
 from workers.proxy.teleport.errors import (
+    AccessDeniedError,
+    DeviceTrustError,
+    KeyPolicyError,
+    LimitExceededError,
     LoginExpiredError,
     MfaRequiredError,
     NotFoundError,
@@ -54,11 +55,33 @@ def untrusted():
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (GRPCError(Status.PERMISSION_DENIED, "no"), RefusedError),
+        (GRPCError(Status.PERMISSION_DENIED, "no"), AccessDeniedError),
+        (GRPCError(Status.INVALID_ARGUMENT, "no"), RefusedError),
         (
             GRPCError(Status.PERMISSION_DENIED, "access to resource requires MFA"),
             MfaRequiredError,
         ),
+        (
+            GRPCError(Status.PERMISSION_DENIED, "access to resource requires a trusted device"),
+            DeviceTrustError,
+        ),
+        (
+            GRPCError(Status.INVALID_ARGUMENT, "private key policy not met: hardware_key_touch"),
+            KeyPolicyError,
+        ),
+        (
+            GRPCError(Status.PERMISSION_DENIED, "private key policy not satisfied: hardware_key"),
+            KeyPolicyError,
+        ),
+        (
+            GRPCError(
+                Status.PERMISSION_DENIED,
+                "access denied: client credentials have expired, please relogin.",
+            ),
+            LoginExpiredError,
+        ),
+        (GRPCError(Status.RESOURCE_EXHAUSTED, "x"), LimitExceededError),
+        (MessageTooLargeError("x"), LimitExceededError),
         (GRPCError(Status.NOT_FOUND, "x"), NotFoundError),
         (GRPCError(Status.UNIMPLEMENTED, "x"), NotImplementedByClusterError),
         (GRPCError(Status.UNAVAILABLE, "x"), UnreachableError),
@@ -73,12 +96,33 @@ def untrusted():
         (tls_error("WRONG_VERSION_NUMBER"), UnreachableError),
         (untrusted(), UnreachableError),
         (DecodeError("x"), UnreachableError),
+        (NotImplementedError("Compression not implemented"), UnreachableError),
+        (DeviceTrustError("demo.test said so"), DeviceTrustError),
     ],
 )
 def test_foreign_errors_are_translated(error, expected):
     translated = translate(error, "demo.test", "proxy.test")
     assert type(translated) is expected
     assert "demo.test" in str(translated)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice", "state"),
+    [
+        ("requires a trusted device", "registered", ClusterState.OK),
+        ("private key policy not met: hardware_key", "administrator", ClusterState.HARDWARE_KEY),
+    ],
+)
+def test_refusals_keep_the_clusters_words_and_say_what_to_do(text, advice, state):
+    error = translate(GRPCError(Status.PERMISSION_DENIED, text), "demo.test", "proxy.test")
+    assert text in str(error)
+    assert advice in str(error)
+    assert (error.refusal, error.state) == (Refusal.CERTIFICATE_REFUSED, state)
+
+
+def test_a_lost_connection_is_told_in_words():
+    text = str(translate(ConnectionResetError(), "demo.test", "proxy.test"))
+    assert text == "demo.test cannot be reached at proxy.test: the connection was lost"
 
 
 def test_a_hostile_message_becomes_one_short_line():
@@ -98,47 +142,16 @@ def test_unknown_zones_show_what_stands_in_the_way():
     assert (error.refusal, error.state) == (Refusal.NOT_LOGGED_IN, ClusterState.LOGIN_EXPIRED)
 
 
-@contextlib.contextmanager
-def tls_server(client_authority):
-    """Shakes hands once, as a server that takes only certificates of `client_authority`."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=pem(client_authority).decode())
-    context.set_alpn_protocols(["h2"])
-    load_identity(context, pem(user_certificate(LONG_AFTER)), pem_key(USER_KEY))
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        connection, _ = listener.accept()
-        with connection:
-            connection.settimeout(10)
-            tls = context.wrap_bio(incoming := ssl.MemoryBIO(), outgoing := ssl.MemoryBIO(), True)
-            with contextlib.suppress(ssl.SSLCertVerificationError):
-                while data := connection.recv(65536):
-                    incoming.write(data)
-                    with contextlib.suppress(ssl.SSLWantReadError):
-                        tls.do_handshake()
-                    connection.sendall(outgoing.read())
-            connection.sendall(outgoing.read())  # the alert
-            connection.shutdown(socket.SHUT_WR)
-            while connection.recv(65536):
-                pass
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        thread.join(20)
-        listener.close()
-
-
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_a_certificate_the_server_does_not_take_asks_for_a_login(tmp_path, run):
+@pytest.mark.parametrize("tls_routing", ["true", "false"])
+def test_a_certificate_the_server_does_not_take_asks_for_a_login(tmp_path, run, tls_routing):
+    """The server is an auth service, or the SSH proxy before it."""
+
     async def ping(port):
         write_home(tmp_path, user_certificate(LONG_AFTER))
         path = tmp_path / f"{PROXY}.yaml"
-        path.write_text(path.read_text().replace(f"{PROXY}:443", f"127.0.0.1:{port}"))
+        text = path.read_text().replace(f"{PROXY}:443", f"127.0.0.1:{port}")
+        path.write_text(text.replace("enabled: true", f"enabled: {tls_routing}"))
         (tmp_path / "keys" / PROXY).rename(tmp_path / "keys" / "127.0.0.1")
         (login,) = read_home(tmp_path).logins
         client = auth_client.connect(login)
@@ -148,5 +161,6 @@ def test_a_certificate_the_server_does_not_take_asks_for_a_login(tmp_path, run):
         finally:
             client.close()
 
-    with tls_server(make_authority()[1]) as port:
+    context = server_context((AUTHORITY_KEY, AUTHORITY), clients=make_authority())
+    with handshaking_server(context) as port:
         run(ping(port))

@@ -7,9 +7,18 @@ from hypothesis import strategies as st
 from teleport_fakes import CLUSTER, PROXY, Clock, FakeApi
 
 from ipc.messages import ClusterState
+from workers.proxy.teleport import cluster as cluster_module
 from workers.proxy.teleport.cluster import Cluster, make_config
 from workers.proxy.teleport.errors import RefusedError, TeleportError, UnreachableError
 from workers.proxy.teleport.pb import vnet_pb2
+
+
+def make(api, clock, **changes):
+    async def connect():
+        return api
+
+    settings = {"on_change": lambda: None} | changes
+    return Cluster(CLUSTER, connect, clock=clock.monotonic, **settings)
 
 
 def spec(ipv4_range="", zones=()):
@@ -62,9 +71,7 @@ def test_the_configuration_is_kept_for_its_time():
     async def run():
         api, clock = FakeApi(zones=["corp.test"]), Clock()
         changes = []
-        cluster = Cluster(
-            CLUSTER, api, clock=clock.monotonic, on_change=lambda: changes.append(cluster.config)
-        )
+        cluster = make(api, clock, on_change=lambda: changes.append(cluster.config))
         first = await asyncio.gather(*(cluster.current_config() for _ in range(5)))
         assert {c.zones for c in first} == {(PROXY, "corp.test")}
         clock.seconds += 299
@@ -81,7 +88,7 @@ def test_the_configuration_is_kept_for_its_time():
 def test_the_last_configuration_serves_while_the_cluster_is_down():
     async def run():
         api, clock = FakeApi(), Clock()
-        cluster = Cluster(CLUSTER, api, clock=clock.monotonic, on_change=lambda: None)
+        cluster = make(api, clock)
         await cluster.current_config()
         clock.seconds += 1000
         api.error = UnreachableError("down")
@@ -98,9 +105,7 @@ def test_the_last_configuration_serves_while_the_cluster_is_down():
 def test_a_cluster_that_never_answered_is_not_asked_at_every_turn():
     async def run():
         api, clock = FakeApi(error=UnreachableError("down")), Clock()
-        cluster = Cluster(
-            CLUSTER, api, clock=clock.monotonic, on_change=lambda: None, retry_seconds=5
-        )
+        cluster = make(api, clock, retry_seconds=5)
         for _ in range(3):
             with pytest.raises(TeleportError):
                 await cluster.current_config()
@@ -114,7 +119,157 @@ def test_a_cluster_that_never_answered_is_not_asked_at_every_turn():
 
 
 def test_a_refused_request_says_that_the_cluster_is_well():
-    cluster = Cluster(CLUSTER, FakeApi(), clock=Clock().monotonic, on_change=lambda: None)
+    cluster = make(FakeApi(), Clock())
     cluster.note(UnreachableError("down"))
     cluster.note(RefusedError("no"))
     assert cluster.problem is None
+
+
+def test_a_cluster_that_failed_at_a_question_is_asked_soon_how_it_is():
+    async def run():
+        api, clock = FakeApi(), Clock()
+        cluster = make(api, clock, retry_seconds=5)
+        await cluster.current_config()
+        cluster.note(UnreachableError("down"))
+        assert not cluster.is_due()
+        clock.seconds += 5
+        assert cluster.is_due()
+        await cluster.current_config()
+        assert cluster.problem is None
+        assert not cluster.is_due()
+
+    asyncio.run(run())
+
+
+def test_a_cluster_that_fails_for_long_is_asked_less_often():
+    async def run():
+        api, clock = FakeApi(error=UnreachableError("down")), Clock()
+        cluster = make(api, clock, retry_seconds=5, max_retry_seconds=60)
+        asked = []
+        for second in range(200):
+            if cluster.is_due():
+                asked.append(second)
+                with pytest.raises(UnreachableError):
+                    await cluster.current_config()
+            clock.seconds += 1
+        assert asked == [0, 5, 15, 35, 75, 135, 195]
+        api.error = None
+        clock.seconds += 60
+        await cluster.current_config()
+
+    asyncio.run(run())
+
+
+def test_only_so_many_clusters_are_asked_at_once():
+    async def run():
+        limiter, gate = asyncio.Semaphore(2), asyncio.Event()
+        apis = [FakeApi(gate=gate) for _ in range(5)]
+        clusters = [make(api, Clock(), limiter=limiter) for api in apis]
+        asking = [asyncio.create_task(cluster.current_config()) for cluster in clusters]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert sum(bool(api.calls) for api in apis) == 2
+        gate.set()
+        await asyncio.gather(*asking)
+
+    asyncio.run(run())
+
+
+def test_clusters_that_hang_do_not_keep_others_from_being_asked(monkeypatch):
+    async def run():
+        monkeypatch.setattr(cluster_module, "TURN_SECONDS", 0.01)
+        limiter = asyncio.Semaphore(2)
+        hung = [make(FakeApi(gate=asyncio.Event()), Clock(), limiter=limiter) for _ in range(4)]
+        asking = [asyncio.create_task(cluster.current_config()) for cluster in hung]
+        async with asyncio.timeout(5):
+            await make(FakeApi(), Clock(), limiter=limiter).current_config()
+        for cluster in hung:
+            await cluster.close()
+        assert all(
+            isinstance(e, UnreachableError)
+            for e in await asyncio.gather(*asking, return_exceptions=True)
+        )
+        for _ in range(2):
+            await asyncio.wait_for(limiter.acquire(), 1)
+        assert limiter.locked()
+
+    asyncio.run(run())
+
+
+def test_the_first_configuration_is_waited_for_once_and_not_per_name():
+    async def run():
+        api, clock = FakeApi(gate=asyncio.Event()), Clock()
+        cluster = make(api, clock)
+        with pytest.raises(UnreachableError, match="not answered yet"):
+            await cluster.first_config(0.02)
+        clock.seconds += 1
+        async with asyncio.timeout(0.5):
+            with pytest.raises(UnreachableError, match="not answered yet"):
+                await cluster.first_config(1)
+        api.gate.set()
+        await cluster.current_config()
+        assert (await cluster.first_config(1)).zones == (PROXY,)
+
+    asyncio.run(run())
+
+
+def test_a_vnet_config_that_may_not_be_read_costs_only_itself():
+    async def run():
+        api = FakeApi(zones=["corp.test"])
+
+        async def refuse():
+            raise RefusedError("access denied")
+
+        api.vnet_config = refuse
+        config = await make(api, Clock()).current_config()
+        assert config.zones == (PROXY,)
+        assert "access denied" in config.problem
+
+    asyncio.run(run())
+
+
+def test_a_new_login_lets_questions_under_way_finish():
+    async def run():
+        old, new, clock = FakeApi(gate=asyncio.Event()), FakeApi(zones=["new.test"]), Clock()
+        cluster = make(old, clock)
+        asking = asyncio.create_task(cluster.current_config())
+        while not old.calls:
+            await asyncio.sleep(0)
+
+        async def connect():
+            return new
+
+        cluster.use(connect)
+        assert await cluster.api() is new
+        assert not old.is_closed
+        old.gate.set()
+        assert (await asking).zones == (PROXY,)
+        assert (await cluster.current_config()).zones == (PROXY, "new.test")
+        await cluster.close()
+        assert old.is_closed
+        assert new.is_closed
+
+    asyncio.run(run())
+
+
+def test_a_connection_is_closed_though_nobody_waited_for_it_any_more():
+    api = FakeApi()
+
+    async def main():
+        opened = asyncio.Event()
+
+        async def connect():
+            opened.set()
+            await asyncio.sleep(0)
+            return api
+
+        cluster = Cluster(CLUSTER, connect, clock=Clock().monotonic, on_change=lambda: None)
+        asking = asyncio.ensure_future(cluster.api())
+        await opened.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        await asyncio.sleep(0)
+        await cluster.close()
+
+    asyncio.run(main())
+    assert api.is_closed

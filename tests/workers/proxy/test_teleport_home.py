@@ -3,6 +3,7 @@ from datetime import timedelta
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 from teleport_fakes import (
@@ -12,7 +13,9 @@ from teleport_fakes import (
     PROFILE,
     PROXY,
     USER_KEY,
+    USER_SUBJECT,
     make_authority,
+    oid,
     pem,
     pem_key,
     user_certificate,
@@ -27,7 +30,7 @@ from workers.proxy.teleport.credentials import (
     parse_private_key,
 )
 from workers.proxy.teleport.errors import HardwareKeyError
-from workers.proxy.teleport.home import fingerprint, read_home
+from workers.proxy.teleport.home import fingerprint, folders, read_home
 from workers.proxy.teleport.profile import ProfileError, parse_profile
 
 RSA_KEY = rsa.generate_private_key(65537, 2048)
@@ -52,6 +55,27 @@ def test_a_profile_names_proxy_and_user():
     assert (profile.user, profile.cluster) == ("alice", CLUSTER)
     assert profile.is_tls_routing_enabled
     assert not profile.is_conn_upgrade_required
+
+
+@pytest.mark.parametrize(
+    ("key", "line", "expected"),
+    [
+        ("ssh_proxy", "ssh_proxy_addr: SSH.test:3024", ("ssh.test", 3024)),
+        ("ssh_proxy", "ssh_proxy_addr: ssh.test", ("ssh.test", 3023)),
+        ("ssh_proxy", "ssh_proxy_addr: '[2001:db8::1]:3023'", ("2001:db8::1", 3023)),
+        ("ssh_proxy", "ssh_proxy_addr: ssh.test:0", None),
+        ("ssh_proxy", "ssh_proxy_addr: [ssh.test]", None),
+        ("ssh_proxy", "ssh_proxy_addr: ''", None),
+        ("postgres_proxy", "postgres_proxy_addr: pg.test:5432", ("pg.test", 5432)),
+        ("postgres_proxy", "postgres_proxy_addr: pg.test", ("pg.test", 443)),
+        ("postgres_proxy", "", None),
+        ("mysql_proxy", "mysql_proxy_addr: my.test", ("my.test", 3036)),
+        ("mysql_proxy", "mysql_proxy_addr: 'my.test:port'", None),
+    ],
+)
+def test_listeners_of_their_own_are_read_and_broken_ones_cost_nothing(key, line, expected):
+    text = PROFILE.replace(f"ssh_proxy_addr: {PROXY}:443\n", "") + line
+    assert getattr(parse_profile(text.encode()), key) == expected
 
 
 def test_a_user_whose_name_looks_like_a_number_keeps_it():
@@ -174,7 +198,7 @@ def test_an_expired_login_says_what_to_run(tmp_path):
     assert login.state_at(NOW)[0] is ClusterState.OK
     state, problem = login.state_at(NOW + timedelta(hours=1))
     assert state is ClusterState.LOGIN_EXPIRED
-    assert f"tsh login --proxy={PROXY}" in problem
+    assert f"tsh login --proxy={PROXY}:443" in problem
 
 
 def test_a_hardware_key_has_a_state_of_its_own(tmp_path):
@@ -206,6 +230,38 @@ def test_a_half_written_login_is_no_login_and_says_where(tmp_path, damage, file)
     assert login.state is ClusterState.NO_LOGIN
     assert str(keys) in login.problem
     assert "tsh login" in login.problem
+
+
+@pytest.mark.parametrize("file", ["alice.crt", "alice.key"])
+def test_a_logout_is_told_from_a_login_in_progress(tmp_path, file):
+    keys = write_home(tmp_path)
+    assert not only_login(tmp_path).is_removed
+    (keys / file).write_bytes(b"")
+    assert not only_login(tmp_path).is_removed
+    (keys / file).unlink()
+    assert only_login(tmp_path).is_removed
+
+
+@pytest.mark.parametrize(
+    ("attribute", "words"),
+    [
+        ((NameOID.ORGANIZATIONAL_UNIT_NAME, "usage:apps"), "restricted to usage:apps"),
+        ((oid("2.9"), "true"), "issues no other certificates"),
+    ],
+)
+def test_a_certificate_that_gets_no_others_is_no_login(tmp_path, attribute, words):
+    write_home(tmp_path, user_certificate(subject=[*USER_SUBJECT, attribute]))
+    login = only_login(tmp_path)
+    assert login.state is ClusterState.NO_LOGIN
+    assert words in login.problem
+    assert "tsh login" in login.problem
+
+
+def test_all_folders_of_logins_are_named(tmp_path):
+    keys = write_home(tmp_path)
+    (keys / "alice-app").mkdir()
+    assert folders(tmp_path) == [tmp_path, tmp_path / "keys", keys, keys / "cas"]
+    assert folders(tmp_path / "none") == []
 
 
 def test_a_broken_profile_does_not_hide_the_others(tmp_path):

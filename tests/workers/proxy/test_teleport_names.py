@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from workers.proxy.teleport.names import (
     auth_alpn,
     encode_cluster_name,
-    is_direct_subdomain,
-    is_subdomain,
+    is_label,
     is_zone,
+    name_predicate,
     normalise,
     public_addr_predicate,
     quote,
@@ -68,16 +68,14 @@ def test_what_is_no_zone(zone):
     assert not is_zone(zone)
 
 
-def test_a_zone_is_not_under_itself():
-    assert not is_subdomain("a.test", "a.test")
-    assert not is_subdomain("xa.test", "a.test")
-    assert not is_subdomain("x.a.test", "")
-    assert is_subdomain("x.y.a.test", "a.test")
+@pytest.mark.parametrize("text", ["orders", "a-1", "a_b", "a" * 63])
+def test_labels(text):
+    assert is_label(text)
 
 
-def test_direct_subdomains_have_one_label_more():
-    assert is_direct_subdomain("x.a.test", "a.test")
-    assert not is_direct_subdomain("x.y.a.test", "a.test")
+@pytest.mark.parametrize("text", ["", "a.b", "Orders", "a" * 64, "-a", "a b", "é"])
+def test_what_is_no_label(text):
+    assert not is_label(text)
 
 
 def test_normal_form_has_no_capitals_and_no_final_dot():
@@ -90,6 +88,11 @@ def test_predicate_asks_every_spelling_once():
         ' || resource.spec.public_addr == "a.test" || resource.spec.public_addr == "a.test."'
     )
     assert public_addr_predicate(["a.test."]).count("==") == 2
+
+
+def test_a_name_is_asked_for_as_given_and_lower_case():
+    assert name_predicate("Orders") == 'name == "Orders" || name == "orders"'
+    assert name_predicate("orders") == 'name == "orders"'
 
 
 def test_a_name_cannot_leave_its_quotes():

@@ -38,3 +38,14 @@ def test_fields_of_newer_servers_are_ignored():
     app = types_pb2.AppSpecV3(URI="tcp://x")
     newer = app.SerializeToString() + b"\x7a\x00" + b"\xfa\x06\x01z"
     assert types_pb2.AppSpecV3.FromString(newer).URI == "tcp://x"
+
+
+def test_times_of_the_year_1_and_unknown_parts_of_a_resource_are_harmless():
+    server = types_pb2.DatabaseServerV3(
+        Metadata=types_pb2.Metadata(Name="pg", Expires={"seconds": -62135596800})
+    )
+    # A status (field 6) of a newer version, with a number and with bytes that are no text.
+    newer = server.SerializeToString() + b"\x32\x06\x30\x01\x3a\x02\xff\xfe"
+    read = types_pb2.DatabaseServerV3.FromString(newer)
+    assert read.Metadata.Name == "pg"
+    assert read.Metadata.Expires.ToDatetime().year == 1

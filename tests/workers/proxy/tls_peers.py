@@ -145,6 +145,11 @@ class FarConnection:
             except ssl.SSLZeroReturnError:
                 return b""
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether more of what has come is left for `recv`."""
+        return bool(self._incoming.pending)
+
     def recv_all(self) -> bytes:
         """Everything to the end, without framing."""
         data = b"".join(iter(self.recv, b""))

@@ -14,6 +14,7 @@ from tun_packets import ACK, RST, SYN, SYN_ACK, ipv4, ipv6, tcp_segment
 
 from ipc.addresses import owner_of_address
 from ipc.messages import DialVerdict, NetworkChanged, Refusal
+from workers.tun import doorkeeper
 from workers.tun.packet import parse_packet
 from workers.tun.pump import Device, Direction
 
@@ -169,6 +170,69 @@ def test_restarted_proxy_is_asked_again_for_its_own_flows_only():
             await receive(wire.inner)
 
     run(story, decide=no_answer)
+
+
+def test_syn_held_for_a_second_factor_is_asked_again_and_passes_when_the_verdict_comes(monkeypatch):
+    """The first verdict may have been lost with a full queue."""
+    monkeypatch.setattr(doorkeeper, "_REMIND_SECONDS", 0.02)
+
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        await until(lambda: len(bus.asked) >= 3)
+        assert len({request.flow_id for _, request in bus.asked}) == 1
+        assert runtime.counters["syns"] == runtime.counters["pending_now"] == 1
+        bus.decide = admit
+        assert await receive(wire.inner) == SYN_PACKET
+        asked = len(bus.asked)
+        wire.host.send(DATA_PACKET)
+        await receive(wire.inner)
+        assert len(bus.asked) == asked
+
+    run(story, decide=no_answer)
+
+
+@pytest.mark.parametrize("was_asked", [False, True])
+def test_nobody_waits_a_prompts_time_for_a_proxy_that_does_not_come_back(
+    monkeypatch, caplog, was_asked
+):
+    monkeypatch.setattr(doorkeeper, "_REMIND_SECONDS", 0.02)
+    monkeypatch.setattr(doorkeeper, "_UNASKED_SECONDS", 0.1)
+
+    async def story(wire, bus, runtime):
+        bus.connected = was_asked
+        for port in (1, 2, 3):
+            wire.host.send(ipv4(TUN_IPV4, APP, tcp_segment(SYN, ports=(port, 443))))
+        await until(lambda: runtime.counters["pending_now"] == 3)
+        if was_asked:
+            await until(lambda: len(bus.asked) >= 3)
+        bus.connected = False
+        for _ in range(3):
+            packet = parse_packet(await receive(wire.host))
+            assert packet.tcp.flags & RST
+        assert runtime.counters["refused_internal"] == 3
+        assert runtime.counters["pending_now"] == 0
+        lines = [record.getMessage() for record in caplog.records if "refused" in record.message]
+        assert sum(int(line.rpartition(" ")[2]) for line in lines) == 3
+
+    run(story, decide=no_answer, config=replace(CONFIG, pending_seconds=120.0))
+
+
+def test_many_syns_held_for_long_take_no_more_than_their_number(monkeypatch):
+    monkeypatch.setattr(doorkeeper, "_REMIND_SECONDS", 0.01)
+
+    async def story(wire, bus, runtime):
+        for port in range(1, 41):
+            wire.host.send(ipv4(TUN_IPV4, APP, tcp_segment(SYN, ports=(port, 443))))
+        await until(lambda: runtime.counters["syns"] == 40)
+        assert runtime.counters["pending_now"] == 16
+        assert runtime.counters["refused_too_many"] == 24
+        await until(lambda: len(bus.asked) >= 3 * 16)
+        bus.decide = admit
+        bus.say_hello()
+        for _ in range(16):
+            await receive(wire.inner)
+
+    run(story, decide=no_answer, config=replace(CONFIG, pending_seconds=120.0))
 
 
 def test_proxy_of_another_version_is_not_asked():

@@ -7,7 +7,7 @@ file of this process, which is closed at once.
 import os
 import re
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from workers.proxy.teleport.names import (
     encode_cluster_name,
 )
 
+# A WebSocket is opened over HTTP/1.1 (RFC 6455 section 4.1).
+UPGRADE_ALPN = ("http/1.1",)
 # OpenSSL's name for an authority in a directory: X509_LOOKUP_hash_dir(3).
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.[0-9]+")
 
@@ -105,30 +107,49 @@ class _NamedContext(ssl.SSLContext):
 def auth_context(
     root: str, cluster: str, authorities: Iterable[bytes], certificate: bytes, key: bytes
 ) -> ssl.SSLContext:
-    """For the auth service of `cluster`; trusts only that cluster's host authorities (DER).
+    """For the auth service of `cluster` behind the proxy's web port, which forwards by the ALPN.
+
+    Trusts only that cluster's host authorities (DER). Raises as `cluster_context`.
+    """
+    return cluster_context(root, authorities, certificate, key, alpn=auth_alpn(cluster))
+
+
+def cluster_context(
+    root: str,
+    authorities: Iterable[bytes],
+    certificate: bytes,
+    key: bytes,
+    *,
+    alpn: Sequence[str],
+) -> ssl.SSLContext:
+    """For any service of a cluster that takes user certificates; `authorities` (DER) are trusted.
 
     The server name is that of the root cluster, also for a leaf: the leaf chooses by it whose
     authority verifies the client.
 
     Raises:
         UnreachableError: the name of the root cluster is longer than TLS takes.
+        ssl.SSLError: an authority is none, or certificate and key do not belong together.
     """
     context = _harden(_NamedContext(ssl.PROTOCOL_TLS_CLIENT))
     context.server_name = encode_cluster_name(root).encode("ascii")
     if len(context.server_name) > MAX_SERVER_NAME_BYTES:
         raise UnreachableError(f"the cluster name {root!r} is too long for TLS")
-    context.load_verify_locations(
-        cadata=b"".join(map(certificate_pem, authorities)).decode("ascii")
-    )
-    context.set_alpn_protocols(auth_alpn(cluster))
+    _trust_only(context, authorities)
+    context.set_alpn_protocols(list(alpn))
     load_identity(context, certificate, key)
     return context
 
 
 def app_context(
-    certificate: bytes, key: bytes, *, ca_file: str = "", insecure: bool = False
+    certificate: bytes,
+    key: bytes,
+    *,
+    alpn: Sequence[str] = APP_ALPN,
+    ca_file: str = "",
+    insecure: bool = False,
 ) -> ssl.SSLContext:
-    """For dialling a TCP app through the proxy's web port, with the app's certificate.
+    """For dialling an app or database through the proxy's web port, with its certificate.
 
     Trusts the system's authorities and those in `ca_file`; with `insecure`, anyone.
 
@@ -136,14 +157,58 @@ def app_context(
         MisconfiguredError: `ca_file` cannot be read or holds no certificate.
         ssl.SSLError: certificate and key do not belong together.
     """
+    context = _web_context(ca_file=ca_file, insecure=insecure)
+    context.set_alpn_protocols(list(alpn))
+    load_identity(context, certificate, key)
+    return context
+
+
+def tunnel_app_context(
+    certificate: bytes, key: bytes, authorities: Iterable[bytes], *, alpn: Sequence[str] = APP_ALPN
+) -> ssl.SSLContext:
+    """For dialling an app or database inside an upgraded connection.
+
+    There the proxy shows a certificate of its cluster and for its own host name, so `authorities`
+    (DER) are the root cluster's host authorities, whatever the web port's certificate is. Source:
+    `lib/srv/alpnproxy/local_proxy.go`.
+
+    Raises:
+        ssl.SSLError: an authority is none, or certificate and key do not belong together.
+    """
+    context = _harden(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    _trust_only(context, authorities)
+    context.set_alpn_protocols(list(alpn))
+    load_identity(context, certificate, key)
+    return context
+
+
+def upgrade_context(*, ca_file: str = "", insecure: bool = False) -> ssl.SSLContext:
+    """For the TLS that a load balancer before the proxy ends; a WebSocket is opened inside.
+
+    Trust as in `app_context`. Without a client certificate, so one serves all connections.
+
+    Raises:
+        MisconfiguredError: `ca_file` cannot be read or holds no certificate.
+    """
+    context = _web_context(ca_file=ca_file, insecure=insecure)
+    context.set_alpn_protocols(list(UPGRADE_ALPN))
+    return context
+
+
+def _web_context(*, ca_file: str, insecure: bool) -> ssl.SSLContext:
     context = _harden(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     if insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    else:
-        _trust_system(context)
-        if ca_file:
-            _trust_file(context, ca_file)
-    context.set_alpn_protocols(list(APP_ALPN))
-    load_identity(context, certificate, key)
+        return context
+    _trust_system(context)
+    if ca_file:
+        _trust_file(context, ca_file)
     return context
+
+
+def _trust_only(context: ssl.SSLContext, authorities: Iterable[bytes]) -> None:
+    # All of them: while an authority is rotated, servers show certificates of either.
+    context.load_verify_locations(
+        cadata=b"".join(map(certificate_pem, authorities)).decode("ascii")
+    )

@@ -51,6 +51,10 @@ class UnreachableError(TeleportError):
     state = ClusterState.UNREACHABLE
 
 
+class LimitExceededError(UnreachableError):
+    """The answer is larger than a message may be, or the cluster is asked too often."""
+
+
 class ZonesUnknownError(TeleportError):
     """The cluster cannot be asked, and it is not known whether the name belongs to it at all.
 
@@ -74,6 +78,28 @@ class MfaRequiredError(RefusedError):
     """The resource needs a second factor for each session."""
 
     refusal = Refusal.MFA_REQUIRED
+
+
+class AccessDeniedError(RefusedError):
+    """The user's roles do not allow it."""
+
+
+class DeviceTrustError(RefusedError):
+    """Only a device that is registered with the cluster may do it."""
+
+
+class KeyPolicyError(RefusedError):
+    """The cluster wants the private key in a hardware token, which VNet cannot use."""
+
+    state = ClusterState.HARDWARE_KEY
+
+
+class MfaUnansweredError(MfaRequiredError):
+    """Nobody gave the second factor: no answer in time, declined, or none that VNet can ask for."""
+
+
+class SignInFailedError(MfaUnansweredError):
+    """The browser came back from single sign-on with an error; another try may do."""
 
 
 class NotFoundError(RefusedError):

@@ -7,7 +7,7 @@
 
 Source: `api/profile/profile.go`, `api/utils/keypaths/keypaths.go`, `lib/client/keystore.go`. A
 login that is only half written reads as "not logged in"; the caller reads again when
-`fingerprint` changes.
+`fingerprint` changes. A logout deletes everything, or of one profile the certificate and the keys.
 """
 
 import os
@@ -27,6 +27,7 @@ from workers.proxy.teleport.credentials import (
     parse_credentials,
 )
 from workers.proxy.teleport.errors import HardwareKeyError, safe_text
+from workers.proxy.teleport.identity import Identity
 from workers.proxy.teleport.profile import MAX_PROFILE_BYTES, Profile, ProfileError, parse_profile
 
 MAX_PROFILES = 100
@@ -41,7 +42,8 @@ class Login:
     """One profile and what its files hold.
 
     `state` is OK, NO_LOGIN or HARDWARE_KEY; whether the login has expired depends on the time:
-    `state_at`. `problem` is empty exactly for OK.
+    `state_at`. `problem` is empty exactly for OK. `is_removed` tells a logout, which deletes the
+    certificate and the key, from a login of which not everything has been written yet.
     """
 
     name: str
@@ -51,14 +53,16 @@ class Login:
     authorities: Mapping[str, tuple[bytes, ...]] = field(repr=False)
     state: ClusterState
     problem: str
+    is_removed: bool = False
 
     def state_at(self, now: datetime) -> tuple[ClusterState, str]:
         """State at this time, with a sentence that says what to do (empty for OK)."""
         if self.credentials is not None and now >= self.credentials.identity.not_after:
             moment = self.credentials.identity.not_after.strftime("%Y-%m-%d %H:%M UTC")
+            where = self.profile.address if self.profile is not None else self.name
             return (
                 ClusterState.LOGIN_EXPIRED,
-                f"the login expired at {moment}: run tsh login --proxy={self.name}",
+                f"the login expired at {moment}: run tsh login --proxy={where}",
             )
         return self.state, self.problem
 
@@ -73,6 +77,10 @@ class Home:
 
 class _UnreadableError(Exception):
     """A file cannot be read; the message names it."""
+
+
+class _MissingError(_UnreadableError):
+    """There is no such file."""
 
 
 def read_home(directory: Path) -> Home:
@@ -92,6 +100,14 @@ def read_home(directory: Path) -> Home:
 def fingerprint(directory: Path) -> Fingerprint:
     """Changes whenever a file that `read_home` reads is replaced or written."""
     return tuple(sorted(_stamps(directory)))
+
+
+def folders(directory: Path) -> list[Path]:
+    """The folders in which `read_home` finds files, those that are there, the home first."""
+    found = [directory]
+    for folder in [directory / "keys", *_entries(directory / "keys")[:MAX_PROFILES]]:
+        found += [folder, folder / "cas"]
+    return [folder for folder in found if folder.is_dir()]
 
 
 def _profile_names(directory: Path) -> list[str]:
@@ -140,7 +156,7 @@ def _read_login(directory: Path, name: str) -> Login:
         problem = f"{path}: {error}: run tsh login --proxy={name}"
         return _broken(name, None, ClusterState.NO_LOGIN, problem)
     folder = directory / "keys" / profile.name
-    again = f"run tsh login --proxy={profile.web_host}:{profile.web_port}"
+    again = f"run tsh login --proxy={profile.address}"
     try:
         certificate, key = _credential_files(folder, profile.user)
         credentials = parse_credentials(
@@ -154,6 +170,10 @@ def _read_login(directory: Path, name: str) -> Login:
         return _broken(profile.name, profile, ClusterState.HARDWARE_KEY, problem)
     except (CredentialError, _UnreadableError) as error:
         problem = f"{folder}: {error}: {again}"
+        is_removed = isinstance(error, _MissingError)
+        return _broken(profile.name, profile, ClusterState.NO_LOGIN, problem, is_removed=is_removed)
+    if (objection := _objection(credentials.identity)) is not None:
+        problem = f"{folder}: {objection}: {again}"
         return _broken(profile.name, profile, ClusterState.NO_LOGIN, problem)
     authorities = _read_authorities(folder / "cas")
     root = credentials.identity.root_cluster
@@ -163,8 +183,25 @@ def _read_login(directory: Path, name: str) -> Login:
     return Login(profile.name, profile, credentials, authorities, ClusterState.OK, "")
 
 
-def _broken(name: str, profile: Profile | None, state: ClusterState, problem: str) -> Login:
-    return Login(name, profile, None, {}, state, safe_text(problem))
+def _broken(
+    name: str,
+    profile: Profile | None,
+    state: ClusterState,
+    problem: str,
+    *,
+    is_removed: bool = False,
+) -> Login:
+    return Login(name, profile, None, {}, state, safe_text(problem), is_removed)
+
+
+def _objection(identity: Identity) -> str | None:
+    """Why no certificate can be had with this one, or None."""
+    if identity.usages:
+        usages = ", ".join(identity.usages[:5])
+        return f"the certificate is restricted to {usages}, which VNet cannot use"
+    if identity.is_reissue_forbidden:
+        return "the cluster issues no other certificates to the holder of this one"
+    return None
 
 
 def _credential_files(folder: Path, user: str) -> tuple[Path, Path]:
@@ -175,7 +212,7 @@ def _credential_files(folder: Path, user: str) -> tuple[Path, Path]:
             return folder / f"{user}-x509.pem", folder / user
     except OSError as error:
         raise _UnreadableError(f"it cannot be read ({error.strerror})") from error
-    raise CredentialError(f"no certificate of user {safe_text(user, 100)}")
+    raise _MissingError(f"no certificate of user {safe_text(user, 100)}")
 
 
 def _read_authorities(folder: Path) -> dict[str, tuple[bytes, ...]]:
@@ -196,6 +233,8 @@ def _read(path: Path, limit: int) -> bytes:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise _UnreadableError(f"{path.name} is no regular file")
             data = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise _MissingError(f"there is no {path.name}") from error
     except OSError as error:
         raise _UnreadableError(f"{path.name} cannot be read ({error.strerror})") from error
     if len(data) > limit:

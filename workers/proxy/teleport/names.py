@@ -3,13 +3,21 @@
 Source: `api/utils` (EncodeClusterName), `lib/srv/alpnproxy/common/protocols.go`, `lib/vnet`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 
 API_DOMAIN = "teleport.cluster.local"
 AUTH_ALPN_PREFIX = "teleport-auth@"
 # The ping variant first: the proxy takes the first entry it can serve.
 APP_ALPN = ("teleport-tcp-ping", "teleport-tcp")
+# The databases whose service takes the user from the wire, so that VNet need not know it.
+# CockroachDB has PostgreSQL's protocol.
+DATABASE_ALPN: Mapping[str, tuple[str, ...]] = {
+    "postgres": ("teleport-postgres-ping", "teleport-postgres"),
+    "cockroachdb": ("teleport-postgres-ping", "teleport-postgres"),
+    "mysql": ("teleport-mysql-ping", "teleport-mysql"),
+    "sqlserver": ("teleport-sqlserver-ping", "teleport-sqlserver"),
+}
 # RFC 6066 section 3 leaves 65535 bytes; OpenSSL takes no more than this.
 MAX_SERVER_NAME_BYTES = 255
 DEFAULT_WEB_PORT = 443
@@ -77,16 +85,6 @@ def _is_label(label: str) -> bool:
     return 1 <= len(label) <= 63 and (not letters or letters.isalnum()) and label[0] != "-"
 
 
-def is_subdomain(name: str, zone: str) -> bool:
-    """Whether `name` lies under `zone`, at any depth. The zone itself does not."""
-    return bool(zone) and name.endswith("." + zone)
-
-
-def is_direct_subdomain(name: str, zone: str) -> bool:
-    """Whether `name` is exactly one label under `zone`."""
-    return is_subdomain(name, zone) and "." not in name[: -len(zone) - 1]
-
-
 def quote(text: str) -> str:
     r"""A string literal of the predicate language, which has Go's: `"` and `\` are escaped."""
     escaped = []
@@ -112,3 +110,13 @@ def public_addr_predicate(names: Iterable[str]) -> str:
         for spelling in (bare, bare.lower()):
             spellings[spelling] = spellings[spelling + "."] = None
     return " || ".join(f"resource.spec.public_addr == {quote(s)}" for s in spellings)
+
+
+def name_predicate(name: str) -> str:
+    """Predicate for resources of this name, as given and lower-case."""
+    return " || ".join(f"name == {quote(s)}" for s in dict.fromkeys((name, name.lower())))
+
+
+def is_label(text: str) -> bool:
+    """Whether this is one label of a DNS name, lower-case."""
+    return text.isascii() and text == text.lower() and "." not in text and _is_label(text)

@@ -12,6 +12,10 @@ from workers.proxy.teleport.names import split_host_port
 # tsh writes less than one kilobyte.
 MAX_PROFILE_BYTES = 64 * 1024
 
+# Teleport's own ports (`lib/defaults/defaults.go`), for addresses without one.
+DEFAULT_SSH_PROXY_PORT = 3023
+DEFAULT_MYSQL_PROXY_PORT = 3036
+
 
 class ProfileError(ValueError):
     """The file is no complete profile."""
@@ -30,6 +34,17 @@ class Profile:
     is_conn_upgrade_required: bool
     private_key_policy: str
     mfa_mode: str
+    # (host, port) of listeners of their own, for clusters without TLS routing. None: the file has
+    # none, or none that can be used.
+    ssh_proxy: tuple[str, int] | None = None
+    postgres_proxy: tuple[str, int] | None = None
+    mysql_proxy: tuple[str, int] | None = None
+
+    @property
+    def address(self) -> str:
+        """The proxy as `tsh login --proxy=` takes it."""
+        host = f"[{self.web_host}]" if ":" in self.web_host else self.web_host
+        return f"{host}:{self.web_port}"
 
 
 def parse_profile(data: bytes) -> Profile:
@@ -60,7 +75,18 @@ def parse_profile(data: bytes) -> Profile:
         is_conn_upgrade_required=values.get("tls_routing_conn_upgrade_required") == "true",
         private_key_policy=values.get("private_key_policy", ""),
         mfa_mode=values.get("mfa_mode", ""),
+        ssh_proxy=_listener(values.get("ssh_proxy_addr", ""), DEFAULT_SSH_PROXY_PORT),
+        postgres_proxy=_listener(values.get("postgres_proxy_addr", ""), port),
+        mysql_proxy=_listener(values.get("mysql_proxy_addr", ""), DEFAULT_MYSQL_PROXY_PORT),
     )
+
+
+def _listener(address: str, default_port: int) -> tuple[str, int] | None:
+    # A broken one must not cost the login: most clusters never need it.
+    try:
+        return split_host_port(address, default_port) if address else None
+    except ValueError:
+        return None
 
 
 def _scalars(data: bytes) -> dict[str, str]:

@@ -1,35 +1,40 @@
-"""One profile: its login, its clusters, its apps and their certificates.
+"""One profile: its login, the clusters it leads to, and the certificates got with it.
 
-Only the root cluster is asked so far; a leaf will be one more `Cluster` with its own `AppFinder`.
+Login --> Members        the root cluster and its leaves
+      --> Certificates
+      --> HostAddresses  of the proxy
 """
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from ipaddress import IPv4Network
-from typing import TypeAlias
+from urllib.parse import urlsplit
 
 from ipc import messages
 from ipc.messages import ClusterState
-from workers.proxy.teleport.apps import App, AppFinder
-from workers.proxy.teleport.auth_client import AuthApi
-from workers.proxy.teleport.certificates import AppCertificate, AppCertificates
-from workers.proxy.teleport.cluster import Cluster, ClusterConfig
+from workers.proxy.teleport.background import Background
+from workers.proxy.teleport.certificates import Certificate, Certificates, Subject
+from workers.proxy.teleport.consulting import Source
 from workers.proxy.teleport.errors import (
     HardwareKeyError,
     LoginExpiredError,
     NotLoggedInError,
     TeleportError,
+    UnknownAppError,
     UnreachableError,
-    ZonesUnknownError,
-    safe_text,
 )
 from workers.proxy.teleport.home import Login
-from workers.proxy.teleport.names import is_direct_subdomain, is_subdomain, is_zone
+from workers.proxy.teleport.host_addresses import HostAddresses
+from workers.proxy.teleport.member import Member
+from workers.proxy.teleport.members import Members
+from workers.proxy.teleport.names import normalise
+from workers.proxy.teleport.precedence import ClusterNames
+from workers.proxy.teleport.report import health, report
+from workers.proxy.teleport.routes import auth_route, web_route
+from workers.proxy.teleport.settings import Crowd, Settings
+from workers.proxy.teleport.targets import AppTarget, DatabaseTarget, Owner
+from workers.proxy.teleport.unheard import NoLogin
 
-Connect: TypeAlias = Callable[[Login], AuthApi]
-
+# Logins that may come while one certificate is got.
+MAX_RENEWALS = 2
 _LOGIN_ERRORS: dict[ClusterState, type[TeleportError]] = {
     ClusterState.LOGIN_EXPIRED: LoginExpiredError,
     ClusterState.NO_LOGIN: NotLoggedInError,
@@ -37,50 +42,40 @@ _LOGIN_ERRORS: dict[ClusterState, type[TeleportError]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the whole client shares. Times in seconds."""
-
-    connect: Connect
-    clock: Callable[[], float]  # monotonic
-    wall_clock: Callable[[], datetime]  # time zone aware
-    ca_file: str = ""
-    insecure: bool = False
-    config_seconds: float = 300.0
-    app_seconds: float = 60.0
-    no_app_seconds: float = 10.0
-    # A name must not wait longer than this for a cluster of which nothing is known yet.
-    first_answer_seconds: float = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class AppTarget:
-    """The app a name stands for. `leaf` is empty for an app of the root cluster."""
-
-    profile: str
-    root_cluster: str
-    leaf: str
-    app: App
-    ipv4_range: IPv4Network | None  # None: VNet's own
-
-    @property
-    def cluster(self) -> str:
-        """The cluster that has the app."""
-        return self.leaf or self.root_cluster
-
-
 class Session:
     """What VNet does with one profile."""
 
-    def __init__(self, login: Login, settings: Settings, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, login: Login, settings: Settings, crowd: Crowd, on_change: Callable[[], None]
+    ) -> None:
         self.name = login.name
         self.login = login
         self._settings = settings
+        self._crowd = crowd
         self._on_change = on_change
-        self._cluster: Cluster | None = None
-        self._apps: AppFinder | None = None
-        self._certificates: AppCertificates | None = None
-        self._cannot_connect: UnreachableError | None = None
+        self._members: Members | None = None
+        self._certificates: Certificates | None = None
+        self._addresses: HostAddresses | None = None
+        self._background = Background()
+
+    @property
+    def _root(self) -> Member | None:
+        return self._members.root if self._members is not None else None
+
+    # -- the login --
+
+    @property
+    def owner(self) -> Owner | None:
+        """Whose login it is, expired or not; None without one."""
+        if self.login.credentials is None:
+            return None
+        identity = self.login.credentials.identity
+        return Owner(self.name, identity.user, identity.root_cluster)
+
+    @property
+    def login_state(self) -> ClusterState:
+        """The state of the login now: it changes by itself when it expires."""
+        return self.login.state_at(self._settings.wall_clock())[0]
 
     async def start(self) -> None:
         """Makes what the login allows. Does no network I/O."""
@@ -88,197 +83,223 @@ class Session:
 
     async def change(self, login: Login) -> None:
         """Takes over what the files hold now; certificates of an earlier login are dropped."""
-        before, self.login = self.login, login
+        before, owner, self.login = self.login, self.owner, login
         if _connection(before) == _connection(login):
             return
-        if _owner(before) != _owner(login):
+        if owner != self.owner:
             await self.close()
         await self._use(login)
 
     async def _use(self, login: Login) -> None:
-        if self._certificates is not None:
-            await self._certificates.close()
-            self._certificates = None
+        # The connections first: whoever loses a certificate asks for another at once.
+        certificates, self._certificates = self._certificates, None
+        self._connect(login)
+        if certificates is not None:
+            await certificates.close()
+
+    def _connect(self, login: Login) -> None:
         if login.credentials is None:
             return
-        self._cannot_connect = None
-        try:
-            api = self._settings.connect(login)
-        except UnreachableError as error:
-            self._cannot_connect = error
+        if self._members is not None:
+            self._members.renew()
             return
-        identity, settings = login.credentials.identity, self._settings
-        if self._cluster is None:
-            self._cluster = Cluster(
-                identity.root_cluster,
-                api,
-                clock=settings.clock,
-                on_change=self._on_change,
-                config_ttl_seconds=settings.config_seconds,
-            )
-            self._apps = AppFinder(
-                self._cluster,
-                clock=settings.clock,
-                positive_seconds=settings.app_seconds,
-                negative_seconds=settings.no_app_seconds,
-            )
-        else:
-            self._cluster.use(api)
-            assert self._apps is not None
-            self._apps.expire()
-        self._certificates = AppCertificates(
-            identity,
-            api,
-            wall_clock=settings.wall_clock,
-            ca_file=settings.ca_file,
-            insecure=settings.insecure,
+        self._members = Members(
+            login.credentials.identity.root_cluster,
+            self._settings,
+            self._crowd,
+            profile=self.name,
+            login=lambda: self.login,
+            names=self._names,
+            require=self._require,
+            on_change=self._on_change,
+            on_leaves=self._leaves_named,
         )
 
-    @property
-    def config(self) -> ClusterConfig | None:
-        """What the root cluster said last about itself."""
-        return self._cluster.config if self._cluster is not None else None
-
-    @property
-    def hosts(self) -> frozenset[str]:
-        """Names of the proxy: never VNet's, or VNet could not reach the proxy itself."""
-        names = {self.name}
-        if self.login.profile is not None:
-            names.add(self.login.profile.web_host)
-        if self.config is not None:
-            names.add(self.config.proxy_public_host)
-        return frozenset(names - {""})
-
-    def require_login(self) -> Cluster:
-        """The root cluster, ready to be asked.
-
-        Raises:
-            TeleportError: there is no usable login, or the proxy cannot be dialled at all.
-        """
+    def _require(self, member: Member | None) -> None:
+        """Raises a TeleportError when the cluster cannot be asked at all."""
         state, problem = self.login.state_at(self._settings.wall_clock())
         if state in _LOGIN_ERRORS:
             raise _LOGIN_ERRORS[state](problem)
-        if self._cannot_connect is not None:
-            raise self._cannot_connect
-        if self._cluster is None:  # between two logins
+        if member is None:  # between two logins
             raise UnreachableError(f"{self.name}: a new login is being taken over")
-        return self._cluster
+        if not member.is_online:
+            if self._members is not None:
+                self._members.want_leaves()
+            raise UnreachableError(f"leaf cluster {member.cluster.name} is offline")
 
-    async def refresh(self) -> None:
-        """Asks for the configuration if that is due; failures show in `report`."""
+    # -- kept up to date --
+
+    def refresh(self) -> None:
+        """Asks for whatever is due, in the background; failures show in `reports`."""
+        if self.login.profile is not None:
+            self._refresh_addresses(self.login.profile.web_host)
         try:
-            cluster = self.require_login()
-            if cluster.is_due():
-                await cluster.current_config()
+            self._require(self._root)
         except TeleportError:
             return
+        if self._members is not None:
+            self._members.refresh()
 
-    async def find(self, name: str, spelling: str) -> AppTarget | None:
-        """The app behind a normalised name; None when no cluster of this profile has one.
+    def _leaves_named(self) -> None:
+        self._on_change()
+        self.refresh()
 
-        `spelling` is the same name as it was typed.
+    def _refresh_addresses(self, host: str) -> None:
+        if self._addresses is None or self._addresses.host != host:
+            self._addresses = HostAddresses(
+                host,
+                self._settings.look_up,
+                clock=self._settings.clock,
+                on_change=self._on_change,
+            )
+        if self._addresses.is_due():
+            self._background.spawn(self._addresses.refresh())
 
-        Raises:
-            ZonesUnknownError: the cluster's zones are not known, so neither is whose the name is.
-            TeleportError: the name lies in a zone of the cluster, which cannot be asked.
-        """
-        if not await self._is_candidate(name):
-            return None
-        try:
-            self.require_login()
-        except TeleportError:
-            known = self._apps.last_known(name) if self._apps is not None else None
-            if known is None:
-                raise
-            return self._target(known)
-        app = await self._apps.find(name) if self._apps is not None else None
-        if app is None and self._apps is not None and spelling != name:
-            app = await self._apps.find(spelling)
-        return self._target(app) if app is not None else None
+    # -- names --
 
-    async def _is_candidate(self, name: str) -> bool:
-        if is_direct_subdomain(name, self.name):
-            return True
-        config = self.config
-        if config is None:
-            try:
-                async with asyncio.timeout(self._settings.first_answer_seconds):
-                    config = await self.require_login().current_config()
-            except TimeoutError as error:
-                waiting = UnreachableError(f"{self.name} has not answered yet")
-                raise ZonesUnknownError(waiting) from error
-            except TeleportError as error:
-                raise ZonesUnknownError(error) from error
-        return any(is_subdomain(name, zone) for zone in config.zones)
-
-    def _target(self, app: App) -> AppTarget:
-        config, credentials = self.config, self.login.credentials
-        return AppTarget(
+    def _names(self, member: Member | None) -> ClusterNames:
+        profile, credentials = self.login.profile, self.login.credentials
+        config = member.cluster.config if member is not None else None
+        return ClusterNames(
             profile=self.name,
-            root_cluster=credentials.identity.root_cluster if credentials is not None else "",
-            leaf="",
-            app=app,
-            ipv4_range=config.ipv4_range if config is not None else None,
+            web_host=profile.web_host if profile is not None else "",
+            root=credentials.identity.root_cluster.lower() if credentials is not None else "",
+            leaf=member.leaf.lower() if member is not None else "",
+            public_host=config.proxy_public_host if config is not None else "",
+            zones=config.zones if config is not None else None,
+            on_the_way=self._on_the_way() if member is self._root else frozenset(),
         )
 
-    async def certificate(self, target: AppTarget, target_port: int) -> AppCertificate:
-        """A certificate for dialling the target now.
+    def _on_the_way(self) -> frozenset[str]:
+        """Listeners of the proxy with an address of their own, and forward proxies."""
+        profile = self.login.profile
+        if profile is None:
+            return frozenset()
+        environment = self._settings.environment
+        routes = auth_route(profile, environment), web_route(profile, environment)
+        forward = (_url_host(route.http_proxy) for route in routes)
+        return frozenset(filter(None, (*(route.host for route in routes), *forward)))
+
+    def sources(self) -> list[tuple[ClusterNames | None, Source]]:
+        """Whom to ask about names, in order."""
+        if self._members is None:
+            return [(self._names(None), NoLogin(self._require))]
+        return self._members.sources()
+
+    # -- certificates --
+
+    async def certificate(
+        self, target: AppTarget | DatabaseTarget, subject: Subject
+    ) -> Certificate:
+        """A certificate for dialling the target now. A login that is renewed meanwhile is used.
 
         Raises:
             TeleportError: none is to be had.
         """
-        cluster, certificates = self.require_login(), self._certificates
-        if certificates is None:
-            raise UnreachableError(f"{self.name}: a new login is being taken over")
+        for _ in range(MAX_RENEWALS):
+            login, owner = self.login, self.owner
+            try:
+                return await self._certificate(target, subject)
+            except UnreachableError:
+                if self.login is login or self.owner != owner:
+                    raise
+        return await self._certificate(target, subject)
+
+    async def _certificate(
+        self, target: AppTarget | DatabaseTarget, subject: Subject
+    ) -> Certificate:
+        login, root = self.login, self._root
+        self._require(root)
+        member = self._members.get(target.leaf) if self._members is not None else None
+        if root is None or member is None or root.cluster.name != target.root_cluster:
+            raise UnknownAppError(
+                f"cluster {target.cluster} is not reached with this login any more"
+            )
+        self._require(member)
         try:
+            certificates = await self._current_certificates(root)
+            kept = certificates.kept(subject, leaf=target.leaf)
+            if kept is not None:
+                return kept  # which tells nothing of the clusters
             certificate = await certificates.get(
-                target.app,
-                target_port,
+                subject,
                 cluster=target.cluster,
                 leaf=target.leaf,
-                owner=cluster.api,
+                owner=await member.cluster.api(),
             )
         except TeleportError as error:
-            cluster.note(error)
+            if self.login is not login:
+                raise  # which tells nothing of the login that is used now
+            if error.state is ClusterState.HARDWARE_KEY:
+                # For this resource alone, or for everything: asking the cluster tells which.
+                root.cluster.expire()
+            elif member is root:
+                root.cluster.note(error)
+            elif error.state is ClusterState.UNREACHABLE:
+                # Either of the two failed; asking them tells which.
+                root.cluster.expire()
+                member.cluster.expire()
             raise
-        cluster.note(None)
+        member.cluster.note(None)
         return certificate
 
-    def report(self) -> messages.Cluster:
-        """The root cluster for the status page."""
+    async def _current_certificates(self, root: Member) -> Certificates:
+        login = self.login
+        api = await root.cluster.api()
+        if login is not self.login or self._root is not root:
+            raise UnreachableError(f"{self.name}: a new login is being taken over")
+        if self._certificates is None:
+            settings = self._settings
+            self._certificates = Certificates(
+                login,
+                api,
+                wall_clock=settings.wall_clock,
+                prompter=settings.prompter,
+                prompt_seconds=settings.prompt_seconds,
+                callbacks=settings.callbacks,
+                ca_file=settings.ca_file,
+                insecure=settings.insecure,
+            )
+        return self._certificates
+
+    # -- the status page --
+
+    def reports(self) -> list[messages.Cluster]:
+        """The root cluster and its leaves."""
         state, problem = self.login.state_at(self._settings.wall_clock())
-        trouble = self._cannot_connect or (self._cluster.problem if self._cluster else None)
-        if state is ClusterState.OK and trouble is not None and trouble.state is not None:
-            state, problem = trouble.state, str(trouble)
-        config = self.config
-        if state is ClusterState.OK and config is not None:
-            problem = config.problem
-        zones = {self.name: None} if is_zone(self.name) else {}
-        zones |= dict.fromkeys(config.zones if config is not None else ())
-        credentials, profile = self.login.credentials, self.login.profile
-        identity = credentials.identity if credentials is not None else None
-        return messages.Cluster(
-            name=safe_text(identity.root_cluster if identity else _cluster_name(self.login), 253),
-            profile=safe_text(self.name, 253),
-            leaf_of=None,
-            state=state,
-            user=safe_text(profile.user if profile is not None else "", 500),
-            expires=_rfc3339(identity.not_after) if identity is not None else None,
-            zones=list(zones),
-            ranges=[str(config.ipv4_range)] if config and config.ipv4_range else [],
-            is_configured=config is not None,
-            problem=safe_text(problem, 500),
+        if self._members is None:
+            return [self._report(None, state, problem, knows_leaves=False)]
+        found = []
+        for member in self._members.all:
+            its_state, its_problem = state, "" if member.leaf else problem
+            if state is ClusterState.OK:
+                is_in_question = self._members.is_in_question(member)
+                its_state, its_problem = health(member, is_in_question=is_in_question)
+            knows_leaves = self._members.knows_leaves
+            found.append(self._report(member, its_state, its_problem, knows_leaves=knows_leaves))
+        return found
+
+    def _report(
+        self, member: Member | None, state: ClusterState, problem: str, *, knows_leaves: bool
+    ) -> messages.Cluster:
+        return report(
+            self.login,
+            member,
+            state,
+            problem,
+            knows_leaves=knows_leaves,
+            proxy_addresses=self._addresses.known if self._addresses is not None else (),
         )
 
     async def close(self) -> None:
-        """Ends what runs, closes connections, forgets certificates and what the cluster said."""
-        if self._certificates is not None:
-            await self._certificates.close()
-        if self._apps is not None:
-            await self._apps.close()
-        if self._cluster is not None:
-            await self._cluster.close()
-        self._cluster = self._apps = self._certificates = None
+        """Ends what runs, closes connections, forgets certificates and what clusters said."""
+        certificates, self._certificates = self._certificates, None
+        members, self._members = self._members, None
+        if certificates is not None:
+            await certificates.close()
+        if members is not None:
+            await members.close()
+        await self._background.close()
 
 
 def _connection(login: Login) -> tuple[object, ...]:
@@ -287,16 +308,8 @@ def _connection(login: Login) -> tuple[object, ...]:
     return fingerprint, login.profile, login.authorities
 
 
-def _owner(login: Login) -> tuple[str, str] | None:
-    if login.credentials is None:
-        return None
-    identity = login.credentials.identity
-    return identity.user, identity.root_cluster
-
-
-def _cluster_name(login: Login) -> str:
-    return login.profile.cluster if login.profile is not None else login.name
-
-
-def _rfc3339(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _url_host(url: str) -> str:
+    try:
+        return normalise(urlsplit(url).hostname or "")
+    except ValueError:
+        return ""

@@ -40,6 +40,10 @@ class SingleFlight(Generic[K, V]):
             # Not the caller was cancelled but the task, by `close`.
             raise UnreachableError("the login changed while the cluster was asked") from None
 
+    def is_running(self, key: K) -> bool:
+        """Whether the task of this key is under way."""
+        return key in self._running
+
     def _finished(self, key: K, task: asyncio.Task[V]) -> None:
         if self._running.get(key) is task:
             del self._running[key]

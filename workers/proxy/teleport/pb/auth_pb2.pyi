@@ -385,12 +385,14 @@ class TOTPChallenge(_message.Message):
     def __init__(self) -> None: ...
 
 class SSOChallenge(_message.Message):
-    __slots__ = ("request_id", "redirect_url")
+    __slots__ = ("request_id", "redirect_url", "device")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REDIRECT_URL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     redirect_url: str
-    def __init__(self, request_id: _Optional[str] = ..., redirect_url: _Optional[str] = ...) -> None: ...
+    device: _types_pb2.SSOMFADevice
+    def __init__(self, request_id: _Optional[str] = ..., redirect_url: _Optional[str] = ..., device: _Optional[_Union[_types_pb2.SSOMFADevice, _Mapping]] = ...) -> None: ...
 
 class MFAAuthenticateChallenge(_message.Message):
     __slots__ = ("TOTP", "WebauthnChallenge", "MFARequired", "SSOChallenge")

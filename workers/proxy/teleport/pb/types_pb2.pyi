@@ -277,3 +277,11 @@ class CertAuthorityV2(_message.Message):
     Metadata: Metadata
     Spec: CertAuthoritySpecV2
     def __init__(self, Kind: _Optional[str] = ..., SubKind: _Optional[str] = ..., Version: _Optional[str] = ..., Metadata: _Optional[_Union[Metadata, _Mapping]] = ..., Spec: _Optional[_Union[CertAuthoritySpecV2, _Mapping]] = ...) -> None: ...
+
+class SSOMFADevice(_message.Message):
+    __slots__ = ("connector_id", "connector_type")
+    CONNECTOR_ID_FIELD_NUMBER: _ClassVar[int]
+    CONNECTOR_TYPE_FIELD_NUMBER: _ClassVar[int]
+    connector_id: str
+    connector_type: str
+    def __init__(self, connector_id: _Optional[str] = ..., connector_type: _Optional[str] = ...) -> None: ...

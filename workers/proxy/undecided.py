@@ -96,7 +96,7 @@ def error_of(meaning: Meaning, web_port: int | None) -> TeleportError:
         case Meaning.SSH:
             return NoSshError("SSH to hosts of a cluster is not possible yet: use tsh ssh")
         case Meaning.NO_APP:
-            return UnknownAppError("no app and no database has this name; tsh apps ls lists apps")
+            return UnknownAppError("no app and no database has this name: vnet ls shows all")
         case Meaning.WEB_ONLY:
             alone = "no port" if web_port is None else f"port {web_port} alone"
             return PortNotAllowedError(f"it is a web app and has {alone}")

@@ -1,23 +1,18 @@
-"""The service manager's notify protocol: sd_notify(3), sd_pid_notify_with_fds(3), sd_listen_fds(3).
+"""The service manager's notify protocol: sd_notify(3), sd_watchdog_enabled(3).
 
-    READY=1  STATUS=...  RELOADING=1  STOPPING=1  WATCHDOG=1  FDSTORE=1
+    READY=1  STATUS=...  RELOADING=1  STOPPING=1  WATCHDOG=1
 
 Without NOTIFY_SOCKET in the environment (a start by hand) all of it does nothing. Datagrams are sent
 without waiting: a service manager that does not read must not stop the supervisor.
 """
 
-import array
 import logging
-import os
 import socket
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 
 log = logging.getLogger(__name__)
 
-FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START
-# unix(7): SCM_MAX_FD is 253.
-MAX_DESCRIPTORS = 250
 MAX_STATUS = 200
 
 
@@ -30,29 +25,6 @@ def watchdog_seconds(environment: Mapping[str, str], pid: int) -> float | None:
     if not (text.isascii() and text.isdecimal()) or not int(text):
         return None
     return int(text) / 1_000_000
-
-
-def take_descriptors(environment: MutableMapping[str, str], pid: int) -> dict[str, list[int]]:
-    """Descriptors that the service manager kept for us, by name (sd_listen_fds_with_names(3)).
-
-    They are removed from the environment, so that no child takes them for its own. Empty when there
-    are none, or when they are meant for another process.
-    """
-    meant_for = environment.pop("LISTEN_PID", "")
-    count_text = environment.pop("LISTEN_FDS", "")
-    names = environment.pop("LISTEN_FDNAMES", "").split(":")
-    if meant_for != str(pid) or not (count_text.isascii() and count_text.isdecimal()):
-        return {}
-    found: dict[str, list[int]] = {}
-    for number in range(min(int(count_text), MAX_DESCRIPTORS)):
-        descriptor = FIRST_LISTEN_FD + number
-        try:
-            os.set_inheritable(descriptor, False)
-        except OSError:
-            continue  # counted, but not there
-        name = names[number] if number < len(names) and names[number] else "unknown"
-        found.setdefault(name, []).append(descriptor)
-    return found
 
 
 class Notifier:
@@ -95,19 +67,6 @@ class Notifier:
         """A sign of life for the watchdog."""
         self._send("WATCHDOG=1\n")
 
-    def store(self, name: str, descriptors: Sequence[int]) -> None:
-        """Has descriptors kept over our death; they come back by `take_descriptors`.
-
-        FDPOLL=0: systemd would drop one that hangs up, as a TUN device does while nobody has it.
-        """
-        for start in range(0, len(descriptors), MAX_DESCRIPTORS):
-            part = descriptors[start : start + MAX_DESCRIPTORS]
-            self._send(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}\n", part)
-
-    def remove(self, name: str) -> None:
-        """Has the kept descriptors of this name closed."""
-        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}\n")
-
     def close(self) -> None:
         """Says nothing from now on."""
         if self._socket is not None:
@@ -118,16 +77,12 @@ class Notifier:
         self._status = text
         return f"STATUS={' '.join(text.split())[:MAX_STATUS]}\n"
 
-    def _send(self, text: str, descriptors: Sequence[int] = ()) -> None:
+    def _send(self, text: str) -> None:
         if self._socket is None:
             return
         # An abstract address begins with a zero byte (unix(7)).
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
-        ancillary = []
-        if descriptors:
-            rights = array.array("i", descriptors)
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
         try:
-            self._socket.sendmsg([text.encode()], ancillary, 0, address)
+            self._socket.sendto(text.encode(), address)
         except OSError as error:
             log.warning("the service manager cannot be told: %s", error)

@@ -1,11 +1,11 @@
-"""What the service manager hears and keeps (supervisor.notify), with a socket in its place."""
+"""What the service manager hears (supervisor.notify), with a socket in its place."""
 
 import os
 import socket
 
 import pytest
 
-from supervisor.notify import Notifier, take_descriptors, watchdog_seconds
+from supervisor.notify import Notifier, watchdog_seconds
 
 
 @pytest.fixture
@@ -55,25 +55,11 @@ def test_abstract_address_is_understood():
         notifier.close()
 
 
-def test_descriptors_are_kept_with_their_name(notifier, manager):
-    reader, writer = os.pipe()
-    notifier.store("tun", [reader])
-    data, descriptors, _, _ = socket.recv_fds(manager, 4096, 10)
-    assert data.decode().splitlines() == ["FDSTORE=1", "FDPOLL=0", "FDNAME=tun"]
-    os.write(writer, b"x")
-    assert os.read(descriptors[0], 1) == b"x"
-    notifier.remove("tun")
-    assert heard(manager) == ["FDSTOREREMOVE=1", "FDNAME=tun"]
-    for descriptor in (reader, writer, *descriptors):
-        os.close(descriptor)
-
-
 @pytest.mark.parametrize("address", [None, "", "relative"])
 def test_without_a_service_manager_nothing_happens(address):
     notifier = Notifier({} if address is None else {"NOTIFY_SOCKET": address})
     assert not notifier.is_heard
     notifier.ready("healthy")
-    notifier.store("tun", [0])
     notifier.close()
 
 
@@ -96,32 +82,3 @@ def test_manager_that_does_not_listen_any_more_stops_nobody(notifier, manager, c
 )
 def test_watchdog_is_only_for_the_process_that_is_meant(environment, seconds):
     assert watchdog_seconds(environment, 7) == seconds
-
-
-def test_kept_descriptors_come_back_by_name():
-    environment = {"LISTEN_PID": "7", "LISTEN_FDS": "0", "LISTEN_FDNAMES": "", "PATH": "/bin"}
-    assert take_descriptors(environment, 7) == {}
-    assert environment == {"PATH": "/bin"}
-    assert take_descriptors({"LISTEN_PID": "8", "LISTEN_FDS": "2"}, 7) == {}
-    assert take_descriptors({"LISTEN_PID": "7", "LISTEN_FDS": "many"}, 7) == {}
-
-
-def test_kept_descriptors_are_found_where_systemd_puts_them(tmp_path):
-    program = (
-        "import os, sys; from supervisor.notify import take_descriptors;"
-        "os.environ['LISTEN_PID'] = str(os.getpid());"
-        "found = take_descriptors(os.environ, os.getpid());"
-        "assert {k: len(v) for k, v in found.items()} == {'tun': 2, 'ns': 1}, found;"
-        "assert os.read(found['ns'][0], 1) == b'n'"
-    )
-    import subprocess
-    import sys
-
-    (tmp_path / "n").write_text("n")
-    command = 'exec 3</dev/null 4</dev/null 5<"$1"; exec "$2" -c "$3"'
-    environment = os.environ | {"LISTEN_FDS": "3", "LISTEN_FDNAMES": "tun:tun:ns"}
-    subprocess.run(
-        ["sh", "-c", command, "sh", str(tmp_path / "n"), sys.executable, program],
-        check=True,
-        env=environment,
-    )

@@ -14,6 +14,9 @@ from ipc.permits import Role, is_permitted
 # channel asks for.
 MAX_MESSAGE_BYTES = 192 * 1024
 
+# Of a reason; the decoder quotes what it read, and its reasons go into the log and `vnet status`.
+_MAX_REASON = 200
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)
 
@@ -42,9 +45,15 @@ def decode(data: bytes, speaker: Role, listener: Role) -> AnyMessage:
     try:
         message: AnyMessage = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedMessageError(str(error)) from error
+        raise MalformedMessageError(_printable(str(error))) from error
     if not is_permitted(speaker, listener, message):
         raise ForbiddenMessageError(
             f"{speaker} may not send {type(message).__name__} to {listener}"
         )
     return message
+
+
+def _printable(text: str) -> str:
+    """One line without control characters, not too long."""
+    line = "".join(c if c.isprintable() else "?" for c in text[: _MAX_REASON + 1])
+    return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 4] + " ..."

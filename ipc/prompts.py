@@ -192,7 +192,10 @@ def decode_from_proxy(line: bytes) -> FromProxy:
     Raises:
         msgspec.MsgspecError: the line is no such message.
     """
-    message: FromProxy = _from_proxy.decode(line)
+    try:
+        message: FromProxy = _from_proxy.decode(line)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
     return message
 
 
@@ -202,5 +205,8 @@ def decode_from_user(line: bytes) -> FromUser:
     Raises:
         msgspec.MsgspecError: the line is no such message.
     """
-    message: FromUser = _from_user.decode(line)
+    try:
+        message: FromUser = _from_user.decode(line)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
     return message

@@ -31,7 +31,7 @@ class ClusterMemory:
             if len(data) > MAX_BYTES:
                 return []
             return msgspec.json.decode(data, type=list[Cluster])
-        except (OSError, msgspec.MsgspecError, ValueError):
+        except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
             return []
 
     def write(self, clusters: Sequence[Cluster]) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from supervisor.log_book import MAX_PIECE_LINES
+
 MAX_REQUEST_BYTES = 4096
 
 
@@ -30,9 +32,13 @@ class Reload(Request, frozen=True):
 
 
 class Restart(Request, frozen=True):
-    """Restarts one worker, or all (`worker` is "all")."""
+    """Restarts one worker, or all (`worker` is "all").
+
+    With `drain` the old one finishes what it has; of all that is an upgrade in place.
+    """
 
     worker: Annotated[str, Meta(min_length=1, max_length=32)]
+    drain: bool = False
 
 
 class Level(StrEnum):
@@ -45,16 +51,29 @@ class Level(StrEnum):
 
 
 class LogLevel(Request, frozen=True, tag="log-level"):
-    """Changes the level of the supervisor and of every worker."""
+    """Changes the level of the supervisor and of every worker, now or (`next_start`) only then."""
 
     level: Level
+    next_start: bool = False
 
 
-AnyRequest: TypeAlias = Status | Stop | Reload | Restart | LogLevel
+class Logs(Request, frozen=True):
+    """Lines of the log with a number above `after`, answered by `supervisor.log_book.Piece` as JSON.
+
+    `worker` None is all, and the supervisor itself, which is also a name.
+    """
+
+    after: Annotated[int, Meta(ge=0)] = 0
+    worker: Annotated[str, Meta(min_length=1, max_length=32)] | None = None
+    level: Level = Level.DEBUG
+    limit: Annotated[int, Meta(ge=1, le=MAX_PIECE_LINES)] = MAX_PIECE_LINES
+
+
+AnyRequest: TypeAlias = Status | Stop | Reload | Restart | LogLevel | Logs
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer to everything but Status: an exit status of `vnet` and a sentence."""
+    """Answer to everything but Status and Logs: an exit status of `vnet` and a sentence."""
 
     status: int
     text: str
@@ -69,7 +88,10 @@ def decode(line: bytes) -> AnyRequest:
     Raises:
         msgspec.MsgspecError: it is none.
     """
-    request: AnyRequest = _decoder.decode(line)
+    try:
+        request: AnyRequest = _decoder.decode(line)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
     return request
 
 

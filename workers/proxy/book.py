@@ -30,6 +30,9 @@ APP, DATABASE, CLUSTER = "app", "database", "cluster"
 # range, and in at most half of it, so that apps and databases find room.
 MAX_CLUSTER_NAMES = 10_000
 _CLUSTER_MARK = b'"kind":"cluster"'
+# So long the log of the file becomes, in pages of 4 KiB, before it is written again from its start.
+# A new name takes three; SQLite's own 1000 would fill a small disk with a book of 400 names.
+LOG_PAGES = 250
 
 APPLICATION_ID = 0x564E4554  # "VNET"
 VERSION = 1
@@ -241,7 +244,7 @@ class Book:
         try:
             decoded = msgspec.json.decode(target, type=BookTarget)
             return self._keep(Entry(name, IPv4Address(address), decoded))
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
             raise _DamagedError(f"the entry of {name!r} is malformed") from error
 
     def _keep(self, entry: Entry) -> Entry:
@@ -364,6 +367,7 @@ class Book:
         if tables and (application, version) != (APPLICATION_ID, VERSION):
             raise _DamagedError("it belongs to another program or version")
         database.execute("PRAGMA journal_mode = WAL")
+        database.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
         # An assignment lost in a power cut costs nothing: the programs that knew it are gone too.
         database.execute("PRAGMA synchronous = NORMAL")
         if not tables:

@@ -55,9 +55,11 @@ def split_host_port(address: str, default_port: int = DEFAULT_WEB_PORT) -> tuple
     if port and not (port.isascii() and port.isdecimal()):
         raise ValueError(f"{address!r} has no valid port")
     number = int(port) if port else default_port
-    if not host or not 1 <= number <= 65535 or any(c in "/\\ \0" for c in host):
+    host = host.lower().rstrip(".")
+    is_host = host and host.isprintable() and not any(c in "/\\ " for c in host)
+    if not is_host or not 1 <= number <= 65535:
         raise ValueError(f"{address!r} is no host:port")
-    return host.lower().rstrip("."), number
+    return host, number
 
 
 def normalise(name: str) -> str:

@@ -4,6 +4,7 @@ Source: `api/profile/profile.go`. Unknown keys are ignored; only what VNet needs
 """
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import yaml
 
@@ -95,8 +96,20 @@ def _scalars(data: bytes) -> dict[str, str]:
     try:
         # All scalars as text: a user named 123 or 2024-01-01 stays what it is.
         values = yaml.load(data, Loader=yaml.BaseLoader)  # noqa: S506 - BaseLoader makes only text
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # PyYAML lets the errors of chr() out when an escape names no character.
         raise ProfileError("it is no YAML") from error
     if not isinstance(values, dict):
         raise ProfileError("it is empty or no YAML map")
-    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, str)}
+    return {k: v for k, v in values.items() if isinstance(k, str) and _is_text(v)}
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether this is text that can be written; an escape may name half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

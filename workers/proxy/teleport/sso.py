@@ -101,7 +101,7 @@ class SecretKey:
             raise CallbackError("it is for somebody else") from error
         try:
             token = _login.decode(opened).mfa_token
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise SignInFailedError(
                 "the cluster's answer to single sign-on is malformed"
             ) from error

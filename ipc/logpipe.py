@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import select
 import struct
 import threading
@@ -23,6 +24,8 @@ from typing import Annotated, Final, NoReturn
 import msgspec
 from msgspec import Meta
 from multiprocessing_logging import MultiProcessingHandler
+
+from ipc.pipe_end import PipeEnd
 
 # A write of at most PIPE_BUF bytes (4096 on Linux, 512 by POSIX) is never torn.
 MAX_RECORD_BYTES: Final = select.PIPE_BUF
@@ -37,17 +40,26 @@ _TELL_SECONDS: Final = 1.0
 _FLOOD_PAUSE_SECONDS: Final = 0.02
 # Bytes of a logger's name; the names of modules are shorter, and ASCII.
 _MAX_NAME_BYTES: Final = 100
+# What `ipc.connection_id` makes, or nothing.
+_CONNECTION: Final = r"\A[a-z0-9]{0,16}\Z"
+# How long a receiver's thread is waited for.
+_JOIN_SECONDS: Final = 2.0
 _LAST_TIME: Final = 253402300799.0  # the end of the year 9999
 _LEVELS: Final = {level: logging.getLevelName(level) for level in (10, 20, 30, 40, 50)}
 
 
 class LogLine(msgspec.Struct, frozen=True, array_like=True):
-    """What travels of a log record: text only."""
+    """What travels of a log record: text only.
+
+    A worker and its supervisor may be of different versions: fields are added at the end, with a
+    default.
+    """
 
     created: Annotated[float, Meta(ge=0, le=_LAST_TIME)]
     level: Annotated[int, Meta(ge=0, le=50)]
     logger: Annotated[str, Meta(max_length=_MAX_NAME_BYTES)]
     text: str
+    connection: Annotated[str, Meta(pattern=_CONNECTION)] = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -56,24 +68,42 @@ _decoder = msgspec.msgpack.Decoder(LogLine)
 
 def encode(record: logging.LogRecord) -> bytes:
     """A record as bytes, cut to MAX_RECORD_BYTES; its stack trace follows the message."""
-    text = record.getMessage()
+    room = MAX_RECORD_BYTES - _HEADER.size - 180
+    text = _cut(record.getMessage(), room // 2 if record.exc_text else room)
     if record.exc_text:
-        text = f"{text}\n{record.exc_text}"
-    room = MAX_RECORD_BYTES - _HEADER.size - 160
-    if len(text.encode(errors="replace")) > room:
-        text = text.encode(errors="replace")[: room - 4].decode(errors="ignore") + " ..."
-    text = text.encode(errors="replace").decode()
+        text += "\n" + _cut_stack(record.exc_text, room - len(text.encode()) - 1)
     level = min(max(record.levelno, 0), 50)
     name = record.name.encode("ascii", errors="replace")[:_MAX_NAME_BYTES].decode()
-    body = _encoder.encode(LogLine(record.created, level, name, text))
+    connection = str(getattr(record, "connection", ""))
+    if re.match(_CONNECTION, connection) is None:
+        connection = ""
+    body = _encoder.encode(LogLine(record.created, level, name, text, connection))
     return _HEADER.pack(len(body)) + body
+
+
+def _cut(text: str, room: int) -> str:
+    """At most `room` bytes of UTF-8."""
+    data = text.encode(errors="replace")
+    if len(data) <= room:
+        return data.decode()
+    return data[: room - 4].decode(errors="ignore") + " ..."
+
+
+def _cut_stack(text: str, room: int) -> str:
+    """The same, from the middle: how a stack ends says most."""
+    data = text.encode(errors="replace")
+    if len(data) <= room:
+        return data.decode()
+    head = room // 4
+    tail = len(data) - (room - head - 7)
+    return data[:head].decode(errors="ignore") + "\n ...\n" + data[tail:].decode(errors="ignore")
 
 
 def decode(body: bytes) -> logging.LogRecord:
     """The record in `body` (without the length). Its text may have line breaks and worse.
 
     Raises:
-        msgspec.MsgspecError, UnicodeDecodeError: it is none.
+        msgspec.MsgspecError, UnicodeDecodeError, RecursionError: it is none.
     """
     line = _decoder.decode(body)
     return logging.makeLogRecord(
@@ -84,6 +114,7 @@ def decode(body: bytes) -> logging.LogRecord:
             "created": line.created,
             "msecs": line.created % 1 * 1000,
             "msg": line.text,
+            "connection": line.connection,
         }
     )
 
@@ -135,15 +166,21 @@ class PipeWriter:
 class PipeReader:
     """The supervisor's end. Bytes that are no record end the stream."""
 
-    def __init__(self, descriptor: int, worker: str) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, worker: str, pid: int = 0, buffered: bytes = b"") -> None:
+        self.end: Final = PipeEnd(descriptor)
+        self.breach = ""
         self._worker = worker
-        self._buffer = bytearray()
+        self._pid = pid
+        self._buffer = bytearray(buffered)
         self._allowance = float(_BURST_LINES)
         self._last_refill = time.monotonic()
         self._cut = 0
         self._told_at = 0.0
-        os.set_blocking(descriptor, False)
+
+    @property
+    def unread(self) -> bytes:
+        """What has come and was not given out yet."""
+        return bytes(self._buffer)
 
     def get(self, timeout: float) -> logging.LogRecord:
         """The next record, waiting at most `timeout` seconds.
@@ -165,15 +202,14 @@ class PipeReader:
     def _fill(self, timeout: float) -> None:
         if self._allowance < 1:
             time.sleep(_FLOOD_PAUSE_SECONDS)
-        poller = select.poll()
-        poller.register(self._descriptor, select.POLLIN)
-        if not poller.poll(timeout * 1000):
+        try:
+            data = self.end.read(timeout)
+        except EOFError:
+            self._tell_cut()
+            raise
+        if data is None:
             self._tell_cut()
             raise Empty
-        data = os.read(self._descriptor, 16 * MAX_RECORD_BYTES)
-        if not data:
-            self._tell_cut()
-            raise EOFError
         self._buffer += data
 
     def _take(self) -> bytes | None:
@@ -191,12 +227,15 @@ class PipeReader:
     def _decode(self, body: bytes) -> logging.LogRecord:
         try:
             record = decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self._give_up(str(error))
         record.worker = self._worker
+        record.process = self._pid
         return record
 
     def _give_up(self, why: str) -> NoReturn:
+        self.breach = f"it writes what is no log record ({why})"
+        self._buffer.clear()
         logging.getLogger(__name__).error(
             "%s writes what is no log record (%s); its log ends here", self._worker, why
         )
@@ -226,7 +265,7 @@ class PipeReader:
         return len(self._buffer)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self.end.close()
 
     def join_thread(self) -> None:
         """Nothing to do: there is no feeder thread."""
@@ -260,11 +299,52 @@ class WorkerLogHandler(_OwnQueueHandler):
 class WorkerLogReceiver(_OwnQueueHandler):
     """The supervisor's receiver for one worker start: a thread that ends with the worker."""
 
-    def __init__(self, descriptor: int, worker: str, sub_handler: logging.Handler) -> None:
-        super().__init__(sub_handler, PipeReader(descriptor, worker))
+    def __init__(
+        self,
+        descriptor: int,
+        worker: str,
+        sub_handler: logging.Handler,
+        *,
+        pid: int = 0,
+        buffered: bytes = b"",
+    ) -> None:
+        """`buffered` was read before, by a receiver that was detached; so may `descriptor` be -1.
+
+        Raises:
+            OSError: no descriptor is left. `descriptor` is closed.
+            RuntimeError: no thread is left; likewise.
+        """
+        self._reader: Final = PipeReader(descriptor, worker, pid, buffered)
+        super().__init__(sub_handler, self._reader)
         self.thread = threading.Thread(target=self._receive, name=f"log-{worker}", daemon=True)
         self._receive_thread = self.thread  # the name by which the package's close() joins it
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:
+            self._reader.end.close()
+            raise
+
+    @property
+    def descriptor(self) -> int:
+        """The pipe; -1 when its log has ended."""
+        return self._reader.end.descriptor
+
+    @property
+    def breach(self) -> str:
+        """Why the log ended although the worker was there: "it ..."; empty if nothing is wrong."""
+        return self._reader.breach
+
+    def detach(self) -> tuple[int, bytes]:
+        """Ends the thread; the descriptor, open (-1 if the log has ended), and what is unread."""
+        self._reader.end.detach()
+        self.thread.join(_JOIN_SECONDS)
+        return self._reader.end.descriptor, self._reader.unread
+
+    def close(self) -> None:
+        """At the end of the program: lets the thread write what an ended worker has said last."""
+        if self.thread.is_alive():
+            self.thread.join(_JOIN_SECONDS)
+        logging.Handler.close(self)
 
 
 def make_pipe() -> tuple[int, int]:

@@ -1,37 +1,102 @@
-"""The one log stream: lines of the supervisor and of every worker, on standard error."""
+"""The one log stream: lines of the supervisor and of every worker, on standard error.
+
+What is written is also kept in a `LogBook`, for `vnet logs`.
+"""
 
 import logging
 import os
+import secrets
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+
+from ipc.log_limit import LimitFilter
+from supervisor.log_book import LEVELS, LevelName, LogBook, LogEntry
 
 LogFormat = Literal["text", "json"]
 
 # Libraries that log each of their steps. A level on their loggers does not last: some set it anew
 # when they are imported.
 _CHATTY = ("pyroute2", "asyncio", "hpack", "h2", "grpclib")
+# Characters; the stack of a deep recursion is shorter.
+_MAX_MESSAGE = 64 * 1024
+
+_encoder = msgspec.json.Encoder()
+_exceptions = logging.Formatter()
 
 
 class StandardErrorHandler(logging.Handler):
-    """Writes each record with one system call.
+    """Writes each record with one system call, and keeps it in `book`.
 
     No buffered stream is used: a lock held by one thread at the moment of a fork would be held
     for ever in the child.
     """
+
+    def __init__(
+        self,
+        log_format: LogFormat = "text",
+        book: LogBook | None = None,
+        *,
+        to_journal: bool = False,
+    ) -> None:
+        """`to_journal`: standard error is the journal, which takes the level of each line."""
+        super().__init__()
+        self.book = book or LogBook()
+        self._format = log_format
+        self._to_journal = to_journal
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes the record; a closed or full standard error loses it, VNet goes on."""
         if record.levelno < logging.WARNING and record.name.partition(".")[0] in _CHATTY:
             return
         try:
-            data = (self.format(record) + "\n").encode(errors="replace")
-            os.write(2, data)
+            entry = self.book.add(entry_of(record))
+            if self._format == "json":
+                line = json_line(entry)
+            elif self._to_journal:
+                line = with_priority(text_line(entry), entry.level)
+            else:
+                line = text_line(entry)
+            os.write(2, (line + "\n").encode(errors="replace"))
         except OSError:
             pass
         except (ValueError, TypeError):
             self.handleError(record)
+
+
+def entry_of(record: logging.LogRecord) -> LogEntry:
+    """What is told of a record."""
+    message = record.getMessage()
+    if record.exc_info:
+        message = f"{message}\n{_exceptions.formatException(record.exc_info)}"
+    if len(message) > _MAX_MESSAGE:
+        message = message[: _MAX_MESSAGE - 4] + " ..."
+    return LogEntry(
+        time=_stamp(record),
+        level=_level(record.levelno),
+        worker=str(getattr(record, "worker", "supervisor")),
+        pid=record.process or 0,
+        logger=record.name,
+        # File names that are no UTF-8 have no other form.
+        message=message.encode(errors="replace").decode(),
+        connection=str(getattr(record, "connection", "")),
+    )
+
+
+def _stamp(record: logging.LogRecord) -> str:
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.created % 1 * 1000):03d}Z"
+
+
+def _level(number: int) -> LevelName:
+    """The highest level that `number` reaches."""
+    reached: LevelName = "debug"
+    for name, least in LEVELS.items():
+        if number >= least:
+            reached = name
+    return reached
 
 
 # What moves a terminal's cursor, or ends a line for some reader; the line feed is not among them.
@@ -41,56 +106,62 @@ _CONTROLS = {
 }
 
 
-class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.123Z INFO dns: message`, UTC.
+def text_line(entry: LogEntry, *, before: str = "", after: str = "") -> str:
+    """`2026-01-31T12:00:00.123Z INFO dns[4711]: message`, UTC, with the connection before the colon.
 
     Messages quote what workers and clusters say. Lines after the first are indented, so that
-    none of them looks like a record.
+    none of them looks like a record. `before` and `after` stand around the level, for its colour.
     """
-
-    def format(self, record: logging.LogRecord) -> str:
-        stamp = _stamp(record)
-        message = _message(self, record).translate(_CONTROLS).replace("\n", "\n    ")
-        return f"{stamp} {record.levelname} {_worker(record)}: {message}"
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, level, worker, logger, message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return msgspec.json.encode(
-            {
-                "time": _stamp(record),
-                "level": record.levelname.lower(),
-                "worker": _worker(record),
-                "logger": record.name,
-                "message": _message(self, record),
-            }
-        ).decode()
+    message = entry.message.translate(_CONTROLS).replace("\n", "\n    ")
+    connection = f" {entry.connection}" if entry.connection else ""
+    level = f"{before}{entry.level.upper()}{after}"
+    return f"{entry.time} {level} {entry.worker}[{entry.pid}]{connection}: {message}"
 
 
-def _stamp(record: logging.LogRecord) -> str:
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{seconds}.{int(record.created % 1 * 1000):03d}Z"
+def json_line(entry: LogEntry) -> str:
+    """One JSON object."""
+    return _encoder.encode(entry).decode()
 
 
-def _worker(record: logging.LogRecord) -> str:
-    return str(getattr(record, "worker", "supervisor"))
+# Of syslog(3), as sd-daemon(3) has them.
+_PRIORITIES: dict[LevelName, int] = {
+    "debug": 7,
+    "info": 6,
+    "warning": 4,
+    "error": 3,
+    "critical": 2,
+}
 
 
-def _message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    message = record.getMessage()
-    if record.exc_info:
-        message = f"{message}\n{formatter.formatException(record.exc_info)}"
-    # File names that are no UTF-8 have no other form.
-    return message.encode(errors="replace").decode()
+def with_priority(text: str, level: LevelName) -> str:
+    """Each line with its level as sd-daemon(3) has it: the journal takes every line for itself."""
+    prefix = f"<{_PRIORITIES[level]}>"
+    return prefix + text.replace("\n", f"\n{prefix}")
 
 
-def set_up(level: str, log_format: LogFormat) -> logging.Handler:
+def is_journal(environment: Mapping[str, str], descriptor: int) -> bool:
+    """Whether this descriptor leads to the journal: JOURNAL_STREAM in systemd.exec(5)."""
+    named = environment.get("JOURNAL_STREAM", "")
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return False
+    return named == f"{found.st_dev}:{found.st_ino}"
+
+
+def set_up(level: str, log_format: LogFormat) -> StandardErrorHandler:
     """Makes the root logger write the stream; returns the handler for the workers' records."""
-    handler = StandardErrorHandler()
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler = StandardErrorHandler(
+        log_format, LogBook(secrets.token_hex(8)), to_journal=is_journal(os.environ, 2)
+    )
+    # Records of workers do not pass it: they have been limited where they were made.
+    handler.addFilter(LimitFilter(handler.emit))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     return handler
+
+
+def book_of(handler: logging.Handler) -> LogBook:
+    """The book in which this handler keeps what it writes; an empty one if it keeps none."""
+    return handler.book if isinstance(handler, StandardErrorHandler) else LogBook()

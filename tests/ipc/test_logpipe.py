@@ -67,10 +67,10 @@ def own_log():
 
 
 @contextlib.contextmanager
-def receiver(handler: logging.Handler, worker: str = "dns"):
+def receiver(handler: logging.Handler, worker: str = "dns", pid: int = 0):
     """The write end of a worker's log whose records go to `handler`; joined at the end."""
     reader, writer = make_pipe()
-    receiving = WorkerLogReceiver(reader, worker, handler)
+    receiving = WorkerLogReceiver(reader, worker, handler, pid=pid)
     try:
         yield writer
     finally:
@@ -92,15 +92,16 @@ def worker_logger(writer: int) -> logging.Logger:
 
 
 def test_record_arrives_as_it_was_logged(gathered):
-    with receiver(gathered, "proxy-3") as writer:
+    with receiver(gathered, "proxy-3", 4711) as writer:
         before = time.time()
-        worker_logger(writer).warning("%d of %s: ü", 7, {"a": 1})
+        about_it = {"connection": "caaaaaaab"}
+        worker_logger(writer).warning("%d of %s: ü", 7, {"a": 1}, extra=about_it)
     [found] = gathered.records
     assert found.getMessage() == "7 of {'a': 1}: ü"
     assert found.name == "workers.dns.service"
     assert (found.levelno, found.levelname) == (logging.WARNING, "WARNING")
     assert before - 1 < found.created < time.time() + 1
-    assert found.worker == "proxy-3"
+    assert (found.worker, found.process, found.connection) == ("proxy-3", 4711, "caaaaaaab")
     assert not found.args
     assert found.exc_info is None
 
@@ -114,6 +115,84 @@ def test_stack_of_an_exception_travels_as_text(gathered):
     [text] = gathered.texts
     assert text.startswith("it failed\nTraceback (most recent call last)")
     assert text.endswith("KeyError: 'what was looked up'")
+
+
+def test_end_of_a_long_stack_arrives(gathered):
+    def sink(depth: int) -> None:
+        try:
+            if depth:
+                sink(depth - 1)
+            {}["what was looked up"]
+        except LookupError as error:
+            raise LookupError(f"at {depth}: {'x' * 200}") from error
+
+    with receiver(gathered) as writer:
+        try:
+            sink(20)
+        except LookupError:
+            worker_logger(writer).exception("it failed")
+    [text] = gathered.texts
+    assert text.startswith("it failed\nTraceback (most recent call last)")
+    assert "\n ...\n" in text
+    assert text.endswith("LookupError: at 20: " + "x" * 200)
+
+
+@pytest.mark.parametrize("connection", ["two words", "A", "x" * 17, "a\n", None, 7.5])
+def test_connection_of_another_form_is_left_out(gathered, connection):
+    with receiver(gathered) as writer:
+        worker_logger(writer).info("x", extra={"connection": connection})
+        worker_logger(writer).info("y")
+    assert [found.connection for found in gathered.records] in (["", ""], ["none", ""])
+
+
+def test_worker_of_another_version_is_understood(gathered, own_log):
+    """Fields are added at the end: fewer or more of them are no breach."""
+    old, new = [1.0, 20, "n", "old"], [1.0, 20, "n", "new", "cab", {"more": 1}]
+    with receiver(gathered) as writer:
+        for fields in (old, new):
+            body = logpipe.msgspec.msgpack.encode(fields)
+            os.write(writer, struct.pack(">H", len(body)) + body)
+    assert gathered.texts == ["old", "new"]
+    assert not own_log.records
+
+
+def test_log_that_is_taken_away_goes_on_elsewhere(gathered):
+    """As in an upgrade in place: nothing is lost between the two receivers, not even half a record."""
+    reader, writer = make_pipe()
+    data = logpipe.encode(record("a line"))
+    first = WorkerLogReceiver(reader, "dns", gathered)
+    for _ in range(3):
+        os.write(writer, data)
+    os.write(writer, data[:7])
+    wait_for(lambda: len(gathered.records) == 3 and waiting_bytes(reader) == 0)
+    began = time.monotonic()
+    descriptor, unread = first.detach()
+    assert time.monotonic() - began < 1.0
+    assert not first.thread.is_alive()
+    assert (descriptor, unread) == (reader, data[:7])
+    os.write(writer, data[7:] + data)
+    second = WorkerLogReceiver(descriptor, "dns", gathered, buffered=unread)
+    os.close(writer)
+    second.thread.join(DEADLINE_SECONDS)
+    assert gathered.texts == ["a line"] * 5
+    assert second.detach() == (-1, b"")
+    third = WorkerLogReceiver(-1, "dns", gathered, buffered=data)
+    third.thread.join(DEADLINE_SECONDS)
+    assert len(gathered.records) == 6
+    assert not third.breach
+
+
+def test_flooded_log_is_taken_away_at_once(gathered):
+    reader, writer = make_pipe()
+    receiving = WorkerLogReceiver(reader, "dns", gathered)
+    with flooding_child(writer):
+        wait_for(lambda: len(gathered.records) >= 2000)
+        began = time.monotonic()
+        descriptor, _ = receiving.detach()
+        assert time.monotonic() - began < 1.0
+    assert not receiving.thread.is_alive()
+    os.close(descriptor)
+    os.close(writer)
 
 
 def test_message_that_cannot_be_formatted_does_no_harm(gathered, capsys):
@@ -140,7 +219,9 @@ def test_long_text_is_cut_and_says_so(gathered, filler, name):
 
 @given(st.text(), st.text(), st.integers(-(2**70), 2**70))
 def test_every_record_fits_one_untorn_write_and_survives(text, name, level):
-    data = logpipe.encode(record(text, name=name, level=level))
+    about_it = record(text, name=name, level=level)
+    about_it.connection = "c" * 16
+    data = logpipe.encode(about_it)
     assert len(data) <= MAX_RECORD_BYTES
     found = logpipe.decode(data[2:])
     shown = text.encode(errors="replace").decode()
@@ -198,6 +279,7 @@ def test_hostile_pickle_runs_nothing_and_ends_only_that_log(tmp_path, gathered, 
         b"\x94\xcb" + struct.pack(">d", float("nan")) + b"\x14\xa1n\xa1t",
         b"\x94\x01\xcc\xff\xa1n\xa1t",  # a level of 255
         b"\x94\x01\x14\xa1n\xa2\xff\xff",  # no UTF-8
+        b"\x96\x01\x14\xa1n\xa1t\xa0" + b"\x91" * 3000,  # arrays in arrays
     ],
 )
 def test_malformed_record_ends_the_log(gathered, own_log, body):

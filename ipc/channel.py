@@ -10,7 +10,13 @@ import socket
 from collections.abc import Sequence
 
 from ipc import codec
-from ipc.errors import BusyError, ConversationError, MalformedMessageError, PeerGoneError
+from ipc.errors import (
+    BusyError,
+    ConversationError,
+    ForbiddenMessageError,
+    MalformedMessageError,
+    PeerGoneError,
+)
 from ipc.messages import AnyMessage, Message
 from ipc.permits import Role
 
@@ -77,7 +83,8 @@ class Channel:
 
         Raises:
             PeerGoneError: end of file, or the connection is broken.
-            MalformedMessageError, ForbiddenMessageError: see `ipc.codec.decode`.
+            MalformedMessageError, ForbiddenMessageError: see `ipc.codec.decode`; descriptors that
+                nobody wants are forbidden as well.
         """
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(
@@ -101,6 +108,8 @@ class Channel:
             raise PeerGoneError(f"{self._peer} closed the channel")
         if flags & socket.MSG_TRUNC:
             raise MalformedMessageError(f"{self._peer} sent more than a message may have")
+        if flags & socket.MSG_CTRUNC and not self._ancillary_bytes:
+            raise ForbiddenMessageError(f"{self._peer} may not send descriptors")
         return codec.decode(data, self._peer, self._me)
 
 

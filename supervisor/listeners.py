@@ -1,7 +1,8 @@
 """Listening sockets on virtual addresses: opened on request, kept over a proxy's death."""
 
 import socket
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from ipc.addresses import as_text, owner_of_address
 from ipc.messages import Network
@@ -14,12 +15,17 @@ class ListenerRefusedError(Exception):
 
 
 class Listeners:
-    """Every open listener, by (packed address, port). `limit` bounds descriptors and memory."""
+    """Every open listener, by (packed address, port).
+
+    `limit` bounds descriptors and memory. Each proxy has an equal share of it, so that none takes
+    from the others what they need.
+    """
 
     def __init__(self, data_plane: DataPlane, proxies: int, limit: int) -> None:
         self._data_plane = data_plane
         self._proxies = proxies
-        self._limit = limit
+        self._share = max(1, limit // proxies)
+        self._numbers: Counter[str] = Counter()
         self._open: dict[tuple[bytes, int], socket.socket] = {}
 
     def open(self, slot: str, network: Network, address: bytes, port: int) -> int:
@@ -34,13 +40,14 @@ class Listeners:
             raise ListenerRefusedError(f"{as_text(address)} belongs to {self._owner(address)}")
         listener = self._open.get((address, port))
         if listener is None:
-            if len(self._open) >= self._limit:
-                raise ListenerRefusedError(f"there are {self._limit} listeners already")
+            if self._numbers[slot] >= self._share:
+                raise ListenerRefusedError(f"{slot} has {self._share} listeners already")
             try:
                 listener = self._data_plane.open_listener(address, port)
             except OSError as error:
                 raise ListenerRefusedError(str(error)) from error
             self._open[address, port] = listener
+            self._numbers[slot] += 1
         return listener.fileno()
 
     def close(self, slot: str, address: bytes, port: int) -> None:
@@ -48,6 +55,7 @@ class Listeners:
         if self._owner(address) == slot:
             listener = self._open.pop((address, port), None)
             if listener is not None:
+                self._numbers[slot] -= 1
                 listener.close()
 
     def of(self, slot: str) -> Iterator[tuple[bytes, int, int]]:
@@ -56,10 +64,21 @@ class Listeners:
             if self._owner(address) == slot:
                 yield address, port, listener.fileno()
 
+    def keep(self) -> dict[tuple[bytes, int], int]:
+        """Descriptor of every open listener, by (address, port)."""
+        return {key: listener.fileno() for key, listener in self._open.items()}
+
+    def adopt(self, kept: Mapping[tuple[bytes, int], int]) -> None:
+        """Goes on with the listeners of an earlier program of this process."""
+        for (address, port), descriptor in kept.items():
+            self._open[address, port] = socket.socket(fileno=descriptor)
+            self._numbers[self._owner(address)] += 1
+
     def close_all(self) -> None:
         for listener in self._open.values():
             listener.close()
         self._open.clear()
+        self._numbers.clear()
 
     def _owner(self, address: bytes) -> str:
         return f"proxy-{owner_of_address(address, self._proxies)}"

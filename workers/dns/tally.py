@@ -23,6 +23,7 @@ class Outcome(StrEnum):
     """How a question was answered; the value is the name of the counter."""
 
     OWN = "answers_own"
+    DIAGNOSTIC = "answers_diagnostic"  # of a name that only tests whether questions reach us
     NODATA = "answers_nodata"
     NXDOMAIN = "answers_nxdomain"
     FORWARDED = "answers_forwarded"

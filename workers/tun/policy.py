@@ -17,6 +17,7 @@ from ipaddress import ip_network
 from typing import Final
 
 from ipc.messages import Network
+from ipc.probe_ports import probed_proxy
 from workers.tun.packet import ICMP, ICMPV6, TCP, UDP, Malformed, Packet
 
 # A SYN is kept in memory while it is held. Linux sends data in a SYN (RFC 7413) only to a server
@@ -40,9 +41,11 @@ class Drop(StrEnum):
 
 
 class Perimeter:
-    """The addresses of one VNet and what may pass between them."""
+    """The addresses of one VNet and what may pass between them; `proxies` is their number."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, proxies: int) -> None:
+        self._dns_ipv4: Final = network.dns_ipv4
+        self._proxies: Final = proxies
         own = (network.tun_ipv4, network.tun_ipv6)
         self._outer: Final = frozenset(a for a in own if a is not None)
         served = (network.dns_ipv4, network.dns_ipv6)
@@ -75,10 +78,16 @@ class Perimeter:
         return _check_shape(packet)
 
     def is_gated(self, packet: Packet) -> bool:
-        """Whether this packet, read from the outer device, must wait for a proxy's verdict."""
+        """Whether this packet, read from the outer device, must wait for a proxy's verdict.
+
+        Of what goes to VNet's own addresses only the supervisor's probes of the proxies.
+        """
         if packet.tcp is None or not packet.tcp.opens_connection:
             return False
-        return packet.destination not in self._ungated
+        if packet.destination not in self._ungated:
+            return True
+        port = packet.tcp.destination_port
+        return probed_proxy(self._dns_ipv4, self._proxies, packet.destination, port) is not None
 
     def _is_virtual(self, address: bytes) -> bool:
         if address in self._ungated:

@@ -147,7 +147,8 @@ class SynGate:
     """The table of flows that wait or were settled a moment ago.
 
     `now` is monotonic seconds and never goes back. At most `max_pending` flows are held, for at
-    most `pending_seconds` each; one more is refused at once and not remembered. At most
+    most `pending_seconds` each; one more is refused at once and not remembered, unless its `reserve`
+    of further places lets it in. At most
     `max_remembered` settled flows are kept, for `remembered_seconds`; the oldest makes room.
     Flow ids count up from `first_flow_id`: a caller that restarts picks another start.
     """
@@ -191,21 +192,24 @@ class SynGate:
         flow = self._held.get(flow_id)
         return None if flow is None else AskOwner(flow_id, flow.key)
 
-    def receive_syn(self, data: bytes, packet: Packet, now: float) -> list[Command]:
+    def receive_syn(
+        self, data: bytes, packet: Packet, now: float, *, reserve: int = 0
+    ) -> list[Command]:
         """A connection attempt was read from the outer device; `packet` is the view of `data`.
 
-        `packet.tcp` is set and opens a connection.
+        `packet.tcp` is set and opens a connection. `reserve` is how many places above
+        `max_pending` it may use.
         """
         tcp = packet.tcp
         assert tcp is not None, "the caller gates TCP only"
         key = FlowKey(packet.source, tcp.source_port, packet.destination, tcp.destination_port)
         known = self._held_by_key.get(key) or self._settled.get(key)
         if known is None:
-            return self._hold(key, data, packet, tcp, now)
+            return self._hold(key, data, packet, tcp, now, reserve)
         if known.sequence == tcp.sequence:
             return self._step(known, FlowEvent.SYN_REPEATED, data, now)
         commands = self._step(known, FlowEvent.SYN_REPLACED, data, now)
-        return commands + self._hold(key, data, packet, tcp, now)
+        return commands + self._hold(key, data, packet, tcp, now, reserve)
 
     def receive_verdict(self, flow_id: int, refusal: Refusal | None, now: float) -> list[Command]:
         """The owning proxy has decided. Nothing comes out when the flow is no longer held."""
@@ -231,11 +235,17 @@ class SynGate:
         return commands
 
     def _hold(
-        self, key: FlowKey, data: bytes, packet: Packet, tcp: TcpHeader, now: float
+        self,
+        key: FlowKey,
+        data: bytes,
+        packet: Packet,
+        tcp: TcpHeader,
+        now: float,
+        reserve: int,
     ) -> list[Command]:
         reset = build_reset(packet)
         assert reset is not None, "a SYN can be refused"
-        if len(self._held) >= self._max_pending:
+        if len(self._held) >= self._max_pending + reserve:
             return [WriteReset(reset, Refusal.TOO_MANY, first=True)]
         flow_id = self._next_id
         self._next_id += 1

@@ -109,7 +109,7 @@ def test_malformed_packet_is_named(name):
     assert parse_packet(data) is reason
 
 
-PERIMETER = Perimeter(NETWORK)
+PERIMETER = Perimeter(NETWORK, 2)
 ECHO = b"\x08\0\0\0\0\0\0\0"
 FROM_OUTER = {
     "data": (from_program(tcp_segment(ACK)), None),

@@ -13,11 +13,13 @@ again.
 import asyncio
 import logging
 import socket as sockets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
 
 from ipc import bus_socket, codec
 from ipc.errors import BusyError, ConversationError, ForbiddenMessageError, PeerGoneError
@@ -31,8 +33,22 @@ ZAP_DOMAIN = b"vnet"
 # Messages queued per peer before a sender is told it is busy; a held SYN or a question is a few
 # hundred bytes, so this bounds a peer's queue to a few hundred kilobytes.
 HIGH_WATER_MARK = 4096
+# A peer answers within milliseconds; one that begins a handshake and no more holds a descriptor.
+HANDSHAKE_MILLISECONDS = 5000
 # One wake-up handles so many messages before other descriptors get their turn.
 BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who said something on the bus: a worker slot, and one connection of it.
+
+    While a worker is replaced, two processes of its slot may be connected; only the route tells them
+    apart.
+    """
+
+    slot: str
+    route: bytes
 
 
 class _Driven:
@@ -105,14 +121,14 @@ class BusContext:
         self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._slot_of_key = {z85.decode(key): peer for peer, key in keys.peers.items()}
-        self._driven: list[_Driven] = []
+        self._driven: set[_Driven] = set()
         handler = self._context.socket(zmq.REP)
         handler.bind(ZAP_ENDPOINT)
         self._zap = self._drive(handler, self._authenticate)
 
     def serve(
         self,
-        on_message: Callable[[str, AnyMessage], None],
+        on_message: Callable[[Sender, AnyMessage], None],
         on_breach: Callable[[str, ConversationError], None],
     ) -> "BusServer":
         """Binds this worker's own socket; see BusServer."""
@@ -124,15 +140,21 @@ class BusContext:
         on_message: Callable[[AnyMessage], None],
         on_breach: Callable[[str, ConversationError], None],
         on_connect: Callable[[], None],
+        on_disconnect: Callable[[], None] = lambda: None,
     ) -> "BusClient":
         """Connects to another worker's socket; see BusClient."""
-        return BusClient(self, server_slot, on_message, on_breach, on_connect)
+        return BusClient(self, server_slot, on_message, on_breach, on_connect, on_disconnect)
 
     def close(self) -> None:
         """Closes every socket; what is still queued is dropped."""
-        for driven in self._driven:
-            driven.close()
+        for driven in list(self._driven):
+            self.release(driven)
         self._context.term()
+
+    def release(self, driven: _Driven) -> None:
+        """Closes one socket; what is still queued in it is dropped."""
+        driven.close()
+        self._driven.discard(driven)
 
     def make_server_socket(self, on_frames: Callable[[list[zmq.Frame]], None]) -> _Driven:
         """A bound ROUTER socket at `<bus dir>/<slot>`."""
@@ -157,17 +179,17 @@ class BusContext:
         self,
         server_slot: str,
         on_frames: Callable[[list[zmq.Frame]], None],
-        on_connect: Callable[[], None],
-    ) -> _Driven:
-        """A DEALER socket connected to `<bus dir>/<server_slot>`."""
+        on_event: Callable[[list[zmq.Frame]], None],
+    ) -> tuple[_Driven, _Driven]:
+        """A DEALER socket connected to `<bus dir>/<server_slot>`, and its monitor."""
         socket = self._make_socket(zmq.DEALER)
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._drive(monitor, lambda _frames: on_connect())
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        watching = self._drive(monitor, on_event)
         socket.curve_serverkey = self._keys.peers[server_slot].encode()
         # A restarted server is found again at once: the wait is on the way of a user's connect.
         socket.setsockopt(zmq.RECONNECT_IVL, 20)
         socket.connect(f"ipc://{self._dir / server_slot}")
-        return self._drive(socket, on_frames)
+        return self._drive(socket, on_frames), watching
 
     @property
     def role(self) -> Role:
@@ -179,6 +201,7 @@ class BusContext:
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
         socket.curve_publickey = self._keys.public.encode()
         socket.curve_secretkey = self._keys.secret.encode()
         return socket
@@ -187,7 +210,7 @@ class BusContext:
         self, socket: "zmq.Socket[bytes]", on_frames: Callable[[list[zmq.Frame]], None]
     ) -> _Driven:
         driven = _Driven(self._loop, socket, on_frames)
-        self._driven.append(driven)
+        self._driven.add(driven)
         return driven
 
     def _authenticate(self, frames: list[zmq.Frame]) -> None:
@@ -210,38 +233,34 @@ class BusServer:
     def __init__(
         self,
         context: BusContext,
-        on_message: Callable[[str, AnyMessage], None],
+        on_message: Callable[[Sender, AnyMessage], None],
         on_breach: Callable[[str, ConversationError], None],
     ) -> None:
+        self._context = context
         self._role = context.role
         self._on_message = on_message
         self._on_breach = on_breach
-        # The routing id is drawn by ROUTER itself, so no peer can take over another's.
-        self._route_of: dict[str, bytes] = {}
         self._driven = context.make_server_socket(self._receive)
 
-    @property
-    def peers(self) -> Mapping[str, bytes]:
-        """Slots that have spoken at least once."""
-        return self._route_of
-
-    def send(self, slot: str, message: Message) -> None:
-        """Sends to one peer, without blocking.
+    def send(self, to: Sender, message: Message) -> None:
+        """Sends to one peer that has spoken, without blocking.
 
         Raises:
-            PeerGoneError: that slot never spoke, or is not connected now.
+            PeerGoneError: that connection of it has ended.
             BusyError: its queue is full.
         """
-        route = self._route_of.get(slot)
-        if route is None:
-            raise PeerGoneError(f"{slot} has not joined")
+        if self._driven.socket.closed:
+            raise PeerGoneError(f"{to.slot} is gone: this end is closed")
         try:
-            self._driven.send([route, codec.encode(message)])
+            self._driven.send([to.route, codec.encode(message)])
         except zmq.Again as error:
-            raise BusyError(f"{slot} does not read") from error
+            raise BusyError(f"{to.slot} does not read") from error
         except zmq.ZMQError as error:
-            del self._route_of[slot]
-            raise PeerGoneError(f"{slot} is gone: {error}") from error
+            raise PeerGoneError(f"{to.slot} is gone: {error}") from error
+
+    def close(self) -> None:
+        """Ends every connection; nothing is heard any more, and what is still queued is dropped."""
+        self._context.release(self._driven)
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         slot = str(frames[-1].get("User-Id"))
@@ -252,15 +271,15 @@ class BusServer:
         except ConversationError as error:
             self._on_breach(slot, error)
             return
-        self._route_of[slot] = frames[0].bytes
-        self._on_message(slot, message)
+        # The routing id is drawn by ROUTER itself, so no peer can take over another's.
+        self._on_message(Sender(slot, frames[0].bytes), message)
 
 
 class BusClient:
     """The connecting end. Reconnects by itself; what was sent to a dead server may be lost.
 
     `on_connect` is called after each handshake, so that a restarted server can be told who is
-    there.
+    there, and `on_disconnect` when the connection of the latest handshake is lost; not by `close`.
     """
 
     def __init__(
@@ -270,23 +289,46 @@ class BusClient:
         on_message: Callable[[AnyMessage], None],
         on_breach: Callable[[str, ConversationError], None],
         on_connect: Callable[[], None],
+        on_disconnect: Callable[[], None],
     ) -> None:
+        self._context = context
         self._role = context.role
         self._server = server_slot
         self._on_message = on_message
         self._on_breach = on_breach
-        self._driven = context.make_client_socket(server_slot, self._receive, on_connect)
+        self._on_connect = on_connect
+        self._on_disconnect = on_disconnect
+        self._is_connected = False
+        self._driven, self._monitor = context.make_client_socket(
+            server_slot, self._receive, self._note_event
+        )
 
     def send(self, message: Message) -> None:
         """Sends without blocking.
 
         Raises:
-            BusyError: the queue is full; the server is gone or does not read.
+            BusyError: the queue is full, the server is gone or does not read; or this end is closed.
         """
+        if self._driven.socket.closed:
+            raise BusyError(f"{self._server} is not heard any more: this end is closed")
         try:
             self._driven.send([codec.encode(message)])
         except zmq.Again as error:
             raise BusyError(f"{self._server} does not read") from error
+
+    def close(self) -> None:
+        """Leaves; nothing is heard any more, and what is still queued is dropped."""
+        self._context.release(self._monitor)
+        self._context.release(self._driven)
+
+    def _note_event(self, frames: list[zmq.Frame]) -> None:
+        event = parse_monitor_message([frame.bytes for frame in frames])["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._is_connected = True
+            self._on_connect()
+        elif self._is_connected:  # a connection may also end before its handshake
+            self._is_connected = False
+            self._on_disconnect()
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         try:

@@ -49,6 +49,11 @@ class Assembly:
         self._clusters: list[Cluster] = []
         self._expected = 0
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether parts have come and others are due."""
+        return self._expected > 0
+
     def take(self, message: ClustersReported) -> list[Cluster] | None:
         """All clusters when the last part has come, else None. A first part begins anew.
 

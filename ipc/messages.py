@@ -54,6 +54,7 @@ class Refusal(StrEnum):
     MFA_REQUIRED = "mfa_required"  # nobody answered the prompt
     TOO_MANY = "too_many"  # a limit of VNet is reached
     USER_NOT_ALLOWED = "user_not_allowed"  # this operating system user may not connect
+    PROBE = "probe"  # the supervisor's own question whether the way works; no failure
     TIMED_OUT = "timed_out"  # the dial took longer than the deadline
     INTERNAL = "internal"  # a fault of VNet; the log says which
 
@@ -162,6 +163,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     keys: BusKeys
     heartbeat_seconds: float
     log_level: str
+    # A successor beside a worker that still works: it gets ready, and begins with TakeOver.
+    is_standby: bool = False
 
 
 class Network(msgspec.Struct, frozen=True, kw_only=True):
@@ -262,6 +265,20 @@ class SetLogLevel(Message, frozen=True, tag=True):
     level: str
 
 
+class Drain(Message, frozen=True, tag=True):
+    """A successor is ready: take nothing new, say HandedOver, finish what is open, then end.
+
+    The supervisor ends what is left after `deadline_seconds`. Drain, HandedOver, Heartbeat and Stop keep
+    their form from version to version: they pass between an old worker and a newer supervisor.
+    """
+
+    deadline_seconds: float
+
+
+class TakeOver(Message, frozen=True, tag=True):
+    """The predecessor of this standby takes nothing new any more: begin."""
+
+
 class Stop(Message, frozen=True, tag=True):
     """Finish within `grace_seconds`; the supervisor kills what is left after that."""
 
@@ -297,6 +314,10 @@ class Ready(Message, frozen=True, tag=True):
     """The worker is set up and does its work. Up is not ready: only this message is."""
 
     version: int = PROTOCOL_VERSION
+
+
+class HandedOver(Message, frozen=True, tag=True):
+    """The answer to Drain: nothing new is taken, and every borrowed listener is closed."""
 
 
 class Heartbeat(Message, frozen=True, tag=True):
@@ -393,12 +414,15 @@ SupervisorToWorker: TypeAlias = (
     | ListenerOpened
     | ListenerRefused
     | SetLogLevel
+    | Drain
+    | TakeOver
     | Stop
 )
 WorkerToSupervisor: TypeAlias = (
     Confined
     | NeedsRestart
     | Ready
+    | HandedOver
     | Heartbeat
     | OpenListener
     | CloseListener

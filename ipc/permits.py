@@ -35,7 +35,7 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
     (Role.DNS, Role.PROXY): frozenset({m.ResolveName, m.ResolveAddress}),
     (Role.PROXY, Role.DNS): frozenset({m.NameResolved, m.AddressResolved}),
     (Role.SUPERVISOR, Role.TUN): frozenset(
-        {m.ConfigureTun, m.NetworkChanged, m.SetLogLevel, m.Stop}
+        {m.ConfigureTun, m.NetworkChanged, m.SetLogLevel, m.Drain, m.TakeOver, m.Stop}
     ),
     (Role.SUPERVISOR, Role.DNS): frozenset(
         {
@@ -44,6 +44,8 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.UpstreamChanged,
             m.NamesChanged,
             m.SetLogLevel,
+            m.Drain,
+            m.TakeOver,
             m.Stop,
         }
     ),
@@ -54,16 +56,23 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.ListenerOpened,
             m.ListenerRefused,
             m.SetLogLevel,
+            m.Drain,
+            m.TakeOver,
             m.Stop,
         }
     ),
-    (Role.TUN, Role.SUPERVISOR): frozenset({m.Confined, m.Ready, m.Heartbeat, m.PeerMisbehaved}),
-    (Role.DNS, Role.SUPERVISOR): frozenset({m.Confined, m.Ready, m.Heartbeat, m.PeerMisbehaved}),
+    (Role.TUN, Role.SUPERVISOR): frozenset(
+        {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.PeerMisbehaved}
+    ),
+    (Role.DNS, Role.SUPERVISOR): frozenset(
+        {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.PeerMisbehaved}
+    ),
     (Role.PROXY, Role.SUPERVISOR): frozenset(
         {
             m.Confined,
             m.NeedsRestart,
             m.Ready,
+            m.HandedOver,
             m.Heartbeat,
             m.OpenListener,
             m.CloseListener,

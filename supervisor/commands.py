@@ -7,12 +7,15 @@ from typing import assert_never
 import msgspec
 
 from ipc.messages import SetLogLevel
-from supervisor import config
+from supervisor import config, next_start, reload_plan, settings
 from supervisor import control_messages as cm
+from supervisor.control import Promise
+from supervisor.crew import CannotReplaceError
 from supervisor.exits import ExitStatus, MisconfiguredError
 from supervisor.run import Run
 from supervisor.status import Health, Summary
 from supervisor.status_report import StatusReporter
+from supervisor.upgrade import UpgradeError
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +27,8 @@ class Commands:
         self._supervisor = supervisor
         self._reporter = StatusReporter(supervisor)
 
-    def answer(self, uid: int, line: bytes) -> bytes:
-        """The answer to one request line, with its line feed."""
+    def answer(self, uid: int, line: bytes) -> bytes | Promise:
+        """The answer to one request line, with its line feed, or the promise of one."""
         try:
             request = cm.decode(line)
         except msgspec.MsgspecError as error:
@@ -38,7 +41,7 @@ class Commands:
         if not is_allowed:
             return _answer(
                 ExitStatus.NOT_PERMITTED,
-                f"only root and {self._supervisor.settings.user.name} may do that",
+                f"only root and {self._supervisor.settings.user.name} may do that: run it with sudo",
             )
         return self._carry_out(request)
 
@@ -53,18 +56,22 @@ class Commands:
             new = config.read(supervisor.settings.config_path)
         except MisconfiguredError as error:
             return f"the configuration is wrong and was not taken over: {error}"
-        old = supervisor.settings.config
-        supervisor.use_upstream(new.dns.upstream)
-        waiting = [
-            f"{section}.{key}" if section else key
-            for section, key in _changed_keys(old, new)
-            if (section, key) != ("dns", "upstream")
-        ]
-        if waiting:
-            return f"reloaded; these keys need a restart of VNet: {', '.join(waiting)}"
-        return "reloaded"
+        planned = reload_plan.plan(supervisor.settings.config, new)
+        home = settings.teleport_home(planned.config, supervisor.settings.user, os.environ)
+        try:
+            supervisor.use_config(planned, home.absolute())
+        except CannotReplaceError as error:
+            return f"the configuration was not taken over: {error}"
+        text = "reloaded"
+        if planned.changed:
+            text += f", in force now: {', '.join(planned.changed)}"
+        if planned.waiting:
+            text += f"; these keys need a restart of VNet: {', '.join(planned.waiting)}"
+        return text
 
-    def _carry_out(self, request: cm.Stop | cm.Reload | cm.Restart | cm.LogLevel) -> bytes:
+    def _carry_out(
+        self, request: cm.Stop | cm.Reload | cm.Restart | cm.LogLevel | cm.Logs
+    ) -> bytes | Promise:
         supervisor = self._supervisor
         match request:
             case cm.Stop():
@@ -76,39 +83,54 @@ class Commands:
                     ExitStatus.OK if text.startswith("reloaded") else ExitStatus.USAGE, text
                 )
             case cm.Restart():
-                return self._restart(request.worker)
+                return self._restart(request)
             case cm.LogLevel():
-                logging.getLogger().setLevel(request.level.upper())
-                supervisor.use_log_level(SetLogLevel(level=request.level.upper()))
-                return _answer(ExitStatus.OK, f"log level is {request.level}")
+                return self._set_log_level(request)
+            case cm.Logs():
+                return self._read_log(request)
             case _:
                 assert_never(request)
 
-    def _restart(self, name: str) -> bytes:
+    def _restart(self, request: cm.Restart) -> bytes | Promise:
+        name = request.worker
         workers = self._supervisor.workers
         if name != "all" and name not in workers:
             known = ", ".join(workers)
             return _answer(ExitStatus.USAGE, f"there is no worker {name!r}; there are: {known}")
-        for slot, worker in workers.items():
-            if name in ("all", slot):
-                self._supervisor.restart(worker)
-        return _answer(ExitStatus.OK, f"restarting {name}")
+        slots = [slot for slot in workers if name in ("all", slot)]
+        if not request.drain:
+            for slot in slots:
+                self._supervisor.restart(workers[slot])
+            return _answer(ExitStatus.OK, f"restarting {name}")
+        try:
+            if name == "all":
+                return self._supervisor.order_upgrade()
+            self._supervisor.replace(slots)
+        except (CannotReplaceError, UpgradeError) as error:
+            return _answer(ExitStatus.CONFLICT, str(error))
+        return _answer(ExitStatus.OK, f"replacing {name}; what is open goes on")
+
+    def _set_log_level(self, request: cm.LogLevel) -> bytes:
+        if request.next_start:
+            try:
+                next_start.keep_log_level(self._supervisor.settings.state_dir, request.level)
+            except OSError as error:
+                return _answer(ExitStatus.INTERNAL, f"the level cannot be kept: {error}")
+            return _answer(ExitStatus.OK, f"the next start has log level {request.level}")
+        logging.getLogger().setLevel(request.level.upper())
+        self._supervisor.use_log_level(SetLogLevel(level=request.level.upper()))
+        return _answer(ExitStatus.OK, f"log level is {request.level}")
+
+    def _read_log(self, request: cm.Logs) -> bytes:
+        known = ["supervisor", *self._supervisor.workers]
+        if request.worker is not None and request.worker not in known:
+            text = f"there is no worker {request.worker!r}; there are: {', '.join(known)}"
+            return _answer(ExitStatus.USAGE, text)
+        piece = self._supervisor.log_book.read(
+            request.after, worker=request.worker, level=request.level.value, limit=request.limit
+        )
+        return cm.encode(piece) + b"\n"
 
 
 def _answer(status: ExitStatus, text: str) -> bytes:
     return cm.encode(cm.Answer(status=status, text=text)) + b"\n"
-
-
-def _changed_keys(old: config.Config, new: config.Config) -> list[tuple[str, str]]:
-    changed = []
-    for field in old.__struct_fields__:
-        before, after = getattr(old, field), getattr(new, field)
-        if isinstance(before, msgspec.Struct):
-            changed += [
-                (field, key)
-                for key in before.__struct_fields__
-                if getattr(before, key) != getattr(after, key)
-            ]
-        elif before != after:
-            changed.append(("", field))
-    return changed

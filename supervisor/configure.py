@@ -47,7 +47,12 @@ def make_keys(proxies: int) -> dict[str, m.BusKeys]:
 
 
 def configuration(
-    slot: str, settings: Settings, around: Surroundings, log_level: str
+    slot: str,
+    settings: Settings,
+    around: Surroundings,
+    log_level: str,
+    *,
+    is_standby: bool = False,
 ) -> m.ConfigureTun | m.ConfigureDns | m.ConfigureProxy:
     """The configuration of one worker."""
     config = settings.config
@@ -58,6 +63,7 @@ def configuration(
         keys=around.keys[slot],
         heartbeat_seconds=config.supervisor.heartbeat_seconds,
         log_level=log_level,
+        is_standby=is_standby,
     )
     match role_of(slot):
         case Role.TUN:

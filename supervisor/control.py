@@ -1,9 +1,13 @@
-"""The control socket: one request, one answer, then the connection ends. Never blocks."""
+"""The control socket: one request, one answer, then the connection ends. Never blocks.
+
+An answer that takes longer is promised: the connection waits for it while the loop goes on.
+"""
 
 import os
 import selectors
 import socket
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,35 +27,47 @@ class _Client:
     end: socket.socket
     uid: int
     deadline: float
+    promise: "Promise | None" = None
     request: bytearray = field(default_factory=bytearray)
     answer: bytes = b""
 
 
+class Promise:
+    """An answer that is given later, within `seconds`; then the client is sent away without one."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._give: Callable[[bytes], None] | None = None
+
+    def give(self, answer: bytes) -> None:
+        """Answers, with a line feed at the end. Nobody minds if the client has gone."""
+        if self._give is not None:
+            self._give(answer)
+
+
 class ControlSocket:
-    """Listens at `path`; `answer(uid, line)` makes the reply (with its line feed)."""
+    """Listens at `path`; `answer(uid, line)` makes the reply (with its line feed), or promises it.
+
+    `listener` is a socket of an earlier program of this process that listens there already.
+    """
 
     def __init__(
         self,
         path: Path,
         selector: selectors.BaseSelector,
-        answer: Callable[[int, bytes], bytes],
+        answer: Callable[[int, bytes], bytes | Promise],
+        listener: socket.socket | None = None,
     ) -> None:
         self._path = path
         self._selector = selector
         self._answer = answer
         self._clients: dict[int, _Client] = {}
-        # What a dead run left; that no other run lives is ensured by the lock.
-        path.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.setblocking(False)
-        mask = os.umask(0)
-        try:
-            # Anyone may ask; SO_PEERCRED decides what is answered.
-            self._listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        self._listener.listen(MAX_CLIENTS)
+        self._listener = _listen(path) if listener is None else listener
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def fileno(self) -> int:
+        """The descriptor that listens."""
+        return self._listener.fileno()
 
     def close(self) -> None:
         for client in list(self._clients.values()):
@@ -93,12 +109,35 @@ class ControlSocket:
 
     def _read(self, client: _Client) -> None:
         data = client.end.recv(MAX_REQUEST_BYTES)
+        if client.promise is not None:
+            # It has asked; all that can come now is its end.
+            if not data:
+                self._drop(client)
+            return
         client.request += data
         if b"\n" in client.request:
-            line = bytes(client.request).split(b"\n", 1)[0]
-            client.answer = self._answer(client.uid, line)
-            self._write(client)
+            self._serve_request(client, bytes(client.request).split(b"\n", 1)[0])
         elif not data or len(client.request) >= MAX_REQUEST_BYTES:
+            self._drop(client)
+
+    def _serve_request(self, client: _Client, line: bytes) -> None:
+        answer = self._answer(client.uid, line)
+        if isinstance(answer, bytes):
+            client.answer = answer
+            self._write(client)
+            return
+        client.promise = answer
+        client.deadline = time.monotonic() + answer.seconds
+        answer._give = lambda late: self._keep_promise(client, late)  # noqa: SLF001  # its maker
+
+    def _keep_promise(self, client: _Client, answer: bytes) -> None:
+        if self._clients.get(client.end.fileno()) is not client:
+            return
+        client.promise = None
+        client.answer = answer
+        try:
+            self._write(client)
+        except OSError:
             self._drop(client)
 
     def _write(self, client: _Client) -> None:
@@ -120,6 +159,21 @@ class ControlSocket:
         if self._clients.pop(client.end.fileno(), None) is not None:
             self._selector.unregister(client.end)
             client.end.close()
+
+
+def _listen(path: Path) -> socket.socket:
+    # What a dead run left; that no other run lives is ensured by the lock.
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.setblocking(False)
+    mask = os.umask(0)
+    try:
+        # Anyone may ask; SO_PEERCRED decides what is answered.
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(MAX_CLIENTS)
+    return listener
 
 
 def _peer_uid(end: socket.socket) -> int:

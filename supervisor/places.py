@@ -25,8 +25,8 @@ MAX_PATH_BYTES = 107 - 18
 class RunDirectory:
     """`<run dir>`: lock, control socket, sockets of the workers. `close` empties it."""
 
-    def __init__(self, path: Path) -> None:
-        """Takes the lock.
+    def __init__(self, path: Path, lock: int | None = None) -> None:
+        """Takes the lock; `lock` is a descriptor that has it already, see `adopt`.
 
         Raises:
             ConflictError: another supervisor runs here.
@@ -37,6 +37,9 @@ class RunDirectory:
             raise MisconfiguredError(
                 [f"{path} is too long for the sockets in it: set --run-dir to a shorter path"]
             )
+        if lock is not None:
+            self._lock = lock
+            return
         try:
             path.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._lock = _lock(path / "lock")
@@ -48,6 +51,24 @@ class RunDirectory:
             raise StartupError(f"{path} cannot be used: {error}") from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    @classmethod
+    def adopt(cls, path: Path, lock: int) -> "RunDirectory":
+        """Goes on with the directory of this process's earlier program, as that left it."""
+        return cls(path, lock)
+
+    @property
+    def lock(self) -> int:
+        """The descriptor that holds the lock."""
+        return self._lock
+
+    @property
+    def bus_path(self) -> Path:
+        return self.path / "bus"
+
+    @property
+    def prompts_path(self) -> Path:
+        return self.path / PROMPTS_DIRECTORY
 
     @property
     def control_path(self) -> Path:
@@ -65,7 +86,7 @@ class RunDirectory:
         """
         if group is not None:
             _require_way_for_others(self.path)
-        bus = self.path / "bus"
+        bus = self.bus_path
         shutil.rmtree(bus, ignore_errors=True)
         bus.mkdir(mode=0o700)
         if group is not None:
@@ -75,7 +96,7 @@ class RunDirectory:
 
     def make_prompts(self, user: User, *, change_owner: bool) -> Path:
         """An empty directory, the VNet user's own, where proxies meet `vnet mfa`."""
-        prompts = self.path / PROMPTS_DIRECTORY
+        prompts = self.prompts_path
         shutil.rmtree(prompts, ignore_errors=True)
         prompts.mkdir(mode=0o700)
         if change_owner:
@@ -84,8 +105,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Removes what the run made and gives the lock back."""
-        for name in ("bus", PROMPTS_DIRECTORY):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        for directory in (self.bus_path, self.prompts_path):
+            shutil.rmtree(directory, ignore_errors=True)
         for name in ("control.sock", "lock"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):

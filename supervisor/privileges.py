@@ -34,9 +34,9 @@ class Identity:
     extra_group: int | None
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """SIGKILL for this process when its parent ends; also if it has ended already."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """A signal for this process when its parent ends; its own end if that has ended already."""
+    _prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent_pid:
         os._exit(1)
 

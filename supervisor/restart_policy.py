@@ -6,6 +6,7 @@ forgotten when the window is calm.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # The first restart is nearly at once: connections wait for it.
@@ -26,19 +27,25 @@ class RestartLimits:
 class RestartPolicy:
     """The crash history of one worker slot."""
 
-    def __init__(self, limits: RestartLimits) -> None:
-        self._limits = limits
-        self._crashes: deque[float] = deque()
+    def __init__(self, limits: RestartLimits, crashes: Iterable[float] = ()) -> None:
+        """`crashes` are those of an earlier program, oldest first."""
+        self.limits = limits
+        self._crashes = deque(crashes)
+
+    @property
+    def crashes(self) -> list[float]:
+        """When the crashes were that still count, monotonic seconds."""
+        return list(self._crashes)
 
     def crashed(self, now: float, chance: float) -> float | None:
         """Seconds to wait before the restart, or None to give up.
 
         `now` is monotonic seconds, `chance` a random number in [0, 1).
         """
-        while self._crashes and now - self._crashes[0] > self._limits.window_seconds:
+        while self._crashes and now - self._crashes[0] > self.limits.window_seconds:
             self._crashes.popleft()
         self._crashes.append(now)
-        if len(self._crashes) > self._limits.restart_max:
+        if len(self._crashes) > self.limits.restart_max:
             return None
         delay = FIRST_DELAY_SECONDS * 2.0 ** (len(self._crashes) - 1)
         return min(delay, LONGEST_DELAY_SECONDS) * (1.0 - JITTER * chance)

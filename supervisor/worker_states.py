@@ -13,7 +13,7 @@ class WorkerState(StrEnum):
     STARTING = "starting"  # forked, not ready yet
     READY = "ready"  # has said so
     BACKOFF = "backoff"  # has crashed; waits to be forked again
-    DRAINING = "draining"  # was told to end
+    DRAINING = "draining"  # was told to end, at once or when what it has is finished
     FAILED = "failed"  # crashed too often; waits for `vnet restart`
     STOPPED = "stopped"  # ended as told, or was never started
 
@@ -27,6 +27,7 @@ class WorkerEvent(StrEnum):
     CRASHED_TOO_OFTEN = "crashed too often"
     STOP_ORDERED = "stop ordered"
     EXITED = "exited as told"
+    SUCCESSOR_ENDED = "ended before it took over"
 
 
 _S, _E = WorkerState, WorkerEvent
@@ -45,6 +46,9 @@ TRANSITIONS: Final[dict[tuple[WorkerState, WorkerEvent], WorkerState]] = {
     # Told to end, it may still say that it became ready; the order stands.
     (_S.DRAINING, _E.BECAME_READY): _S.DRAINING,
     (_S.DRAINING, _E.STOP_ORDERED): _S.DRAINING,
+    # A successor that fails is not tried again by itself: the present worker goes on.
+    (_S.STARTING, _E.SUCCESSOR_ENDED): _S.STOPPED,
+    (_S.READY, _E.SUCCESSOR_ENDED): _S.STOPPED,
     (_S.BACKOFF, _E.STOP_ORDERED): _S.STOPPED,
     (_S.FAILED, _E.STOP_ORDERED): _S.STOPPED,
     (_S.STOPPED, _E.STOP_ORDERED): _S.STOPPED,

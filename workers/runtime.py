@@ -3,28 +3,36 @@
 `run` is what the forked child calls after it has given up its rights; it starts the event loop and the
 `main` of the worker's own module. A worker ends when it is told to, and when its supervisor is
 gone.
+
+A standby gets ready beside a worker that still does the work, and begins when it is told to take over.
+A worker that is told to drain takes nothing new, says that it has handed over, and ends by itself when
+it has finished what it has. Stop ends either at once.
 """
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import uvloop
 
-from ipc.bus import BusClient, BusContext, BusServer
+from ipc.bus import BusClient, BusContext, BusServer, Sender
 from ipc.channel import Channel
 from ipc.errors import BusyError, ConversationError, MalformedMessageError
+from ipc.log_limit import tell_suppressed
 from ipc.messages import (
     AnyMessage,
     Common,
     ConfigureDns,
     ConfigureProxy,
     ConfigureTun,
+    Drain,
+    HandedOver,
     Heartbeat,
     Message,
     NeedsRestart,
@@ -32,8 +40,11 @@ from ipc.messages import (
     Ready,
     SetLogLevel,
     Stop,
+    TakeOver,
 )
+from ipc.order import ACCUSATION_SECONDS, MAX_ACCUSATIONS, Duty, after_being_told
 from ipc.permits import Role, role_of
+from ipc.window import Window
 from workers import preload  # noqa: F401  # for its effect: see the module
 
 log = logging.getLogger(__name__)
@@ -67,8 +78,13 @@ class Runtime(Generic[C]):
         self.descriptors = descriptors
         self.counters: dict[str, int] = {}
         self.stopping = asyncio.Event()
+        self.draining = asyncio.Event()
+        # How long a worker that drains may take to finish what it has; the supervisor ends it then.
+        self.drain_seconds = 0.0
         self.on_message: Callable[[AnyMessage, list[int]], None] = _ignore
         self._channel = channel
+        self._parent_pid = os.getppid()
+        self._has_lost_supervisor = False
         self._loop = loop
         self._outbox: deque[Message] = deque()
         self._listening = listening
@@ -77,12 +93,57 @@ class Runtime(Generic[C]):
         self._bus: BusContext | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
         self._reported_at: dict[str, float] = {}
+        # A worker that says it more often is taken for a liar.
+        self._accusations = Window(MAX_ACCUSATIONS, ACCUSATION_SECONDS)
+        self._duty = after_being_told(Duty.WAITING, config)
+        self._is_ready = False
+        self._may_begin = asyncio.Event()
+        if self._duty is Duty.WORKING:
+            self._may_begin.set()
 
     # -- for the worker --
 
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the supervisor is gone, rather than that it said stop."""
+        return self._has_lost_supervisor or os.getppid() != self._parent_pid
+
+    def lost_supervisor(self) -> None:
+        """The supervisor is gone: the worker has to stop."""
+        self._has_lost_supervisor = True
+        self.stopping.set()
+
     def ready(self) -> None:
-        """Tells the supervisor that the work has begun."""
-        self.send(Ready())
+        """Tells the supervisor, once, that the work has begun or may begin."""
+        if not self._is_ready:
+            self._is_ready = True
+            self.send(Ready())
+
+    async def taken_over(self) -> None:
+        """Returns when the work may begin: at once, or when the predecessor of a standby has stopped.
+
+        A standby that waits here is ready.
+        """
+        if not self._may_begin.is_set():
+            self.ready()
+            await self._may_begin.wait()
+
+    def handed_over(self) -> None:
+        """Tells the supervisor that this worker takes nothing new, and has closed what it borrowed."""
+        self.send(HandedOver())
+
+    async def until_stopped(self, work: Coroutine[None, None, None]) -> None:
+        """Runs `work` to its end, or until the worker has to stop, which cancels it."""
+        working = self._loop.create_task(work)
+        stopped = self._loop.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            working.cancel()
+            stopped.cancel()
+            await asyncio.wait({working, stopped})
+        if not working.cancelled():
+            working.result()  # raises what `work` has raised
 
     def send(self, message: Message) -> None:
         """Sends to the supervisor; waits its turn in a queue when it is busy."""
@@ -92,8 +153,8 @@ class Runtime(Generic[C]):
         if len(self._outbox) == 1:
             self._flush()
 
-    def serve_bus(self, on_message: Callable[[str, AnyMessage], None]) -> BusServer:
-        """Binds this worker's bus socket; `on_message` gets the sender's slot first."""
+    def serve_bus(self, on_message: Callable[[Sender, AnyMessage], None]) -> BusServer:
+        """Binds this worker's bus socket; `on_message` gets the sender first."""
         return self._bus_context().serve(on_message, self._report_breach)
 
     def join_bus(
@@ -101,9 +162,15 @@ class Runtime(Generic[C]):
         server_slot: str,
         on_message: Callable[[AnyMessage], None],
         on_connect: Callable[[], None] = lambda: None,
+        on_disconnect: Callable[[], None] = lambda: None,
     ) -> BusClient:
-        """Connects to another worker's bus socket; `on_connect` follows each handshake."""
-        return self._bus_context().join(server_slot, on_message, self._report_breach, on_connect)
+        """Connects to another worker's bus socket.
+
+        `on_connect` follows each handshake, `on_disconnect` the loss of a connection that had one.
+        """
+        return self._bus_context().join(
+            server_slot, on_message, self._report_breach, on_connect, on_disconnect
+        )
 
     # -- for `run` --
 
@@ -134,17 +201,24 @@ class Runtime(Generic[C]):
             return
         self._reported_at[slot] = now
         log.error("%s misbehaves on the bus: %s", slot, error)
-        self.send(PeerMisbehaved(slot=slot, reason=str(error)[:500]))
+        if self._accusations.take(now):
+            self.send(PeerMisbehaved(slot=slot, reason=str(error)[:500]))
 
     def _beat(self) -> None:
+        tell_suppressed()
         # Skipped while the queue is not empty: the supervisor is told nothing new by it.
         if not self._outbox:
             self.send(Heartbeat(counters=dict(self.counters)))
-        if self._what_is_new is not None and self._look is None:
+        if self._what_is_new is not None and self._look is None and self._wants_successors:
             # In a thread: the file system may hang.
             self._look = self._loop.run_in_executor(None, self._what_is_new)
             self._look.add_done_callback(self._looked)
         self._heartbeat = self._loop.call_later(self.config.common.heartbeat_seconds, self._beat)
+
+    @property
+    def _wants_successors(self) -> bool:
+        """A standby asks when it has taken over, and one that drains has a successor."""
+        return self._duty is Duty.WORKING and not self.stopping.is_set()
 
     def _looked(self, look: "asyncio.Future[Path | None]") -> None:
         if look.cancelled():
@@ -152,7 +226,7 @@ class Runtime(Generic[C]):
         path = look.result()
         if path is None:
             self._look = None
-        elif not self.stopping.is_set():
+        elif self._wants_successors:
             # Once is enough, so there is no further look.
             self.send(
                 NeedsRestart(reason=f"{path} is new, and it may read only what it knew"[:500])
@@ -169,7 +243,7 @@ class Runtime(Generic[C]):
         except ConversationError as error:
             log.debug("the supervisor is gone: %s", error)
             self._outbox.clear()
-            self.stopping.set()
+            self.lost_supervisor()
         self._loop.remove_writer(self._channel.fileno())
 
     def _send_first(self) -> None:
@@ -186,15 +260,19 @@ class Runtime(Generic[C]):
         except ConversationError as error:
             log.debug("the supervisor is gone: %s", error)
             self._loop.remove_reader(self._channel.fileno())
-            self.stopping.set()
+            self.lost_supervisor()
 
     def _take(self, message: AnyMessage, descriptors: list[int]) -> None:
+        self._duty = after_being_told(self._duty, message)
         if isinstance(message, Stop):
             self.stopping.set()
+        elif isinstance(message, Drain):
+            self.drain_seconds = message.deadline_seconds
+            self.draining.set()
+        elif isinstance(message, TakeOver):
+            self._may_begin.set()
         elif isinstance(message, SetLogLevel):
             logging.getLogger().setLevel(message.level)
-        elif isinstance(message, Configure):
-            raise MalformedMessageError("configured twice")
         else:
             self.on_message(message, descriptors)
 

@@ -7,11 +7,13 @@ kernel's own claims decide: what it has not is reported, what it has and refuses
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ipc.messages import Confined
+from ipc.orphan import ORPHAN_SIGNAL
 from ipc.permits import Role
 from supervisor import privileges
 from supervisor.confinement import landlock, seccomp
@@ -51,7 +53,9 @@ def confine(
         _require_one_thread()
         privileges.give_up(identity, max_files)
         # A change of user clears it.
-        privileges.die_with_parent(supervisor_pid)
+        privileges.die_with_parent(
+            supervisor_pid, ORPHAN_SIGNAL if role is Role.TUN else signal.SIGKILL
+        )
         missing += _shared_with(role, identity)
         # Before the rules are made: what changes in between is noticed rather than missed.
         awaited = Awaited(reach.rules)

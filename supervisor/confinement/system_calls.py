@@ -161,7 +161,8 @@ def call_list(role: Role, pid: int) -> CallList:
     own_signals = _either("tgkill", 0, (pid,))
     match role:
         case Role.TUN:
-            extra = _STAT_OF_DESCRIPTOR
+            # A limit for what it does when its supervisor has died.
+            extra = (*_STAT_OF_DESCRIPTOR, *_calls("setitimer getitimer"))
         case Role.DNS:
             # What is open to it is for Landlock to say: /dev/null.
             extra = (*_DNS, *_STAT_OF_DESCRIPTOR, *_either("openat", 2, (0,), _CHANGES_FILES))

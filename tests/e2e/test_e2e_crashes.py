@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import random
 import re
 import signal
@@ -13,8 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 from demo_bed import demo_bed
+from dnslib import RCODE
 from private_bed import AT_ONCE_SECONDS, Bed, read_all, read_exactly, wait_until
 from shared_cluster import CLUSTER, CONFIG
+
+from ipc.addresses import owner_of_name
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
@@ -200,6 +204,21 @@ def test_a_worker_that_hangs_is_replaced(shaken):
     bed.kill(pid, signal.SIGSTOP)
     bed.wait_for_successor("dns", pid)
     assert bed.resolve(ECHO)
+
+
+def test_new_names_do_not_wait_for_a_proxy_that_hangs(shaken):
+    bed = shaken
+    names = (f"new-{number}.teleport.e2e.test" for number in range(1000))
+    asked = list(itertools.islice((name for name in names if owner_of_name(name, 2) == 0), 4))
+    bed.ask(asked.pop())
+    pid = int(bed.worker("proxy-0")["pid"])
+    bed.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    for name in asked:
+        assert bed.ask(name).header.rcode in (RCODE.NOERROR, RCODE.NXDOMAIN)
+    # The first of them waits for a sign of life, and the others not even that.
+    assert time.monotonic() - began < 1.5
+    bed.wait_for_successor("proxy-0", pid)
 
 
 def test_vnet_is_degraded_while_a_worker_is_away_and_healthy_afterwards(shaken):

@@ -93,6 +93,8 @@ SAMPLES: list[m.AnyMessage] = [
     *(m.ListenerOpened(address=address, port=443) for address in ADDRESSES),
     m.ListenerRefused(address=ADDRESSES[0], port=443, reason="it is no virtual address"),
     m.SetLogLevel(level="DEBUG"),
+    m.Drain(deadline_seconds=3600.0),
+    m.TakeOver(),
     m.Stop(grace_seconds=3.0),
     m.Confined(
         uid=64_500,
@@ -105,6 +107,7 @@ SAMPLES: list[m.AnyMessage] = [
     m.Confined(uid=0, no_new_privs=False, capabilities=[], landlock=None, seccomp=None, missing=[]),
     m.NeedsRestart(reason="r" * 500),
     m.Ready(),
+    m.HandedOver(),
     m.Heartbeat(counters={"queries": 2**63 - 1, "in_flight_now": 0}),
     *(m.OpenListener(address=address, port=443) for address in ADDRESSES),
     *(m.CloseListener(address=address, port=443) for address in ADDRESSES),

@@ -106,6 +106,16 @@ def test_malformed_bytes_are_named_so(speaker, data):
         codec.decode(data, speaker, Role.SUPERVISOR)
 
 
+@pytest.mark.parametrize(
+    "data", [raw(t="\x1b[2J\n"), raw(t="Ready", **{"\x1b" * 50_000: 1}), raw(t="t" * 50_000)]
+)
+def test_the_reason_is_one_short_printable_line(data):
+    with pytest.raises(MalformedMessageError) as caught:
+        codec.decode(data, Role.PROXY, Role.SUPERVISOR)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 200
+
+
 def test_a_name_that_is_no_utf8_is_malformed():
     data = raw(t="ResolveName", request_id=1, name="aaaa").replace(b"aaaa", b"\xff\xfe\xfd\xfc")
     with pytest.raises(MalformedMessageError):

@@ -121,6 +121,20 @@ def test_any_text_is_a_page_or_not(url):
         assert url.isprintable()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"t":"Decline","id":"\xff"}',
+        b'{"t":"PromptClosed","id":"\xff","outcome":""}',
+        b'{"x":' + b"[" * 5000,
+    ],
+)
+def test_a_line_that_cannot_be_read_is_malformed(line):
+    for decode in (p.decode_from_proxy, p.decode_from_user):
+        with pytest.raises(msgspec.MsgspecError):
+            decode(line)
+
+
 @given(st.binary(max_size=200))
 def test_anything_else_is_malformed_and_nothing_worse(line):
     for decode in (p.decode_from_proxy, p.decode_from_user):

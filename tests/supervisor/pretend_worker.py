@@ -74,6 +74,24 @@ async def ignore_stop(runtime: AnyRuntime) -> None:
     await asyncio.sleep(1000)
 
 
+def drain_while(marker: Marker) -> Behaviour:
+    """Hands over when it is told to drain, and ends when the marker is not set any more."""
+
+    async def behave(runtime: AnyRuntime) -> None:
+        if runtime.config.common.slot.startswith("proxy-"):
+            runtime.send(m.ClustersReported(clusters=[]))
+        await runtime.taken_over()
+        runtime.ready()
+        while not (runtime.draining.is_set() or runtime.stopping.is_set()):
+            await asyncio.sleep(0.01)
+        if runtime.draining.is_set():
+            runtime.handed_over()
+        while marker.is_set and not runtime.stopping.is_set():
+            await asyncio.sleep(0.01)
+
+    return behave
+
+
 def once(marker: Marker, odd: Behaviour) -> Behaviour:
     """`odd` at the first start, a good worker afterwards. `marker` is set until the first start."""
 

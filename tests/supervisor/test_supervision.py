@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -12,12 +13,13 @@ from pathlib import Path
 import msgspec
 import pretend_worker
 import pytest
-from supervised_run import supervised_run
+from supervised_run import NoDataPlane, SupervisedRun, supervised_run
 
 from ipc import codec
 from ipc import messages as m
 from supervisor import control_messages as cm
-from supervisor import supervisor as loop
+from supervisor import worker as slots
+from supervisor.supervisor import Supervisor
 from supervisor.worker_states import WorkerState
 
 SLOTS = ["tun", "proxy-0", "proxy-1", "dns"]
@@ -54,7 +56,7 @@ def test_all_become_ready_and_end_in_reverse_order(directory):
         assert [worker.name for worker in found.workers] == SLOTS
         assert all(worker.state is WorkerState.READY for worker in found.workers)
         assert all(worker.restarts == 0 for worker in found.workers)
-    ended = re.findall(r"INFO supervisor: (\S+) ended$", run.log, re.MULTILINE)
+    ended = re.findall(r"INFO supervisor\[\d+\]: (\S+) ended$", run.log, re.MULTILINE)
     assert ended[0] == "dns"
     assert set(ended[1:3]) == {"proxy-0", "proxy-1"}
     assert ended[3] == "tun"
@@ -101,28 +103,34 @@ def test_crash_of_a_workers_code_is_in_the_log_with_its_stack(directory, marker)
         replaced = run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
         assert replaced.last_exit.status == 70
         run.wait_for(lambda _found: "LookupError: of this worker" in run.log)
-    assert re.search(r"ERROR dns: dns crashed\n    Traceback", run.log)
+    assert re.search(r"ERROR dns\[\d+\]: dns crashed\n    Traceback", run.log)
 
 
 def test_worker_whose_loop_hangs_is_killed_and_replaced(directory, marker):
     with supervised_run(directory, tun=pretend_worker.once(marker, pretend_worker.hang)) as run:
         replaced = run.wait_for_worker("tun", restarts=1, state=WorkerState.READY)
         assert replaced.last_exit.signal == "SIGKILL"
-        assert "tun is killed: no heartbeat for 1.5 s" in run.log
+        assert "tun hangs, its stack follows: no heartbeat for 1.5 s" in run.log
+        assert "tun is killed: it hangs" in run.log
+    # The line of the loop's own stack that says where it is stuck.
+    assert re.search(r"tun\[\d+\]: (.*\n)*? +File .*pretend_worker.py.* in hang\n", run.log)
 
 
 def test_stopped_process_is_killed_and_replaced(directory):
     with supervised_run(directory) as run:
         os.kill(pids(run.wait_until_healthy())["dns"], signal.SIGSTOP)
         run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
+        assert "dns is stopped, by a SIGSTOP or a debugger: no heartbeat for 1.5 s" in run.log
+    # It can write none.
+    assert "stack follows" not in run.log
 
 
 def test_worker_that_never_becomes_ready_is_killed(directory, marker, monkeypatch):
-    monkeypatch.setattr(loop, "START_SECONDS", 1.0)
+    monkeypatch.setattr(slots, "START_SECONDS", 1.0)
     never = pretend_worker.never_ready
     with supervised_run(directory, dns=pretend_worker.once(marker, never)) as run:
         run.wait_for_worker("dns", restarts=1)
-        assert "dns is killed: not ready after 1 s" in run.log
+        assert "dns hangs, its stack follows: not ready after 1 s" in run.log
 
 
 def test_commanded_restart_is_no_crash(directory):
@@ -146,7 +154,7 @@ def test_proxy_that_needs_a_restart_gets_it_and_it_is_no_crash(directory, marker
 
 
 def test_wish_for_a_restart_does_not_put_off_the_end(directory, monkeypatch):
-    monkeypatch.setattr(loop, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(slots, "GRACE_SECONDS", 0.5)
 
     async def wish_for_ever(runtime):
         runtime.ready()
@@ -167,8 +175,45 @@ def test_all_can_be_restarted_at_once(directory):
         assert all(worker.restarts == 0 for worker in run.wait_until_healthy().workers)
 
 
+@pytest.mark.parametrize("broken", ["_watch", "_reap", "_register_channels", "_timeout"])
+def test_fault_of_the_loop_leaves_no_worker_behind(directory, monkeypatch, broken):
+    """Whichever part it is, it is broken as well while the workers are stopped."""
+    is_broken, piece = pretend_worker.Marker(), getattr(Supervisor, broken)
+    is_broken.is_set = False
+
+    def fail(*arguments):
+        if is_broken.is_set:
+            raise LookupError(broken)
+        return piece(*arguments)
+
+    closed = directory / "closed"
+    monkeypatch.setattr(Supervisor, broken, fail)
+    monkeypatch.setattr(NoDataPlane, "close", note_children(closed))
+    run = SupervisedRun(directory, "")
+    pretend_worker.BEHAVIOURS.clear()
+    run.start()
+    children = pids(run.wait_until_healthy())
+    is_broken.is_set = True
+    assert os.waitstatus_to_exitcode(os.waitpid(run.pid, 0)[1]) == 99
+    # One that was told to stop may have ended by itself.
+    assert "is killed: VNet ends after an internal error" in run.log
+    assert all(is_gone(pid) for pid in children.values())
+    # Before what they borrow was closed, and reaped.
+    assert closed.read_text() == ""
+    assert not run.run_dir.exists()
+
+
+def note_children(path: Path):
+    """A method that writes down which children its process has."""
+
+    def note(_self):
+        path.write_text(Path("/proc/thread-self/children").read_text())
+
+    return note
+
+
 def test_worker_that_does_not_stop_is_killed_in_the_end(directory, monkeypatch):
-    monkeypatch.setattr(loop, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(slots, "GRACE_SECONDS", 0.5)
     with supervised_run(directory, dns=pretend_worker.ignore_stop) as run:
         pid = pids(run.wait_until_healthy())["dns"]
     assert is_gone(pid)
@@ -339,6 +384,18 @@ def test_every_thread_of_a_worker_has_no_right_left(directory):
             assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
 
 
+def test_worker_collects_its_garbage_and_spares_what_it_was_made_of(directory):
+    async def look(runtime):
+        assert gc.isenabled()
+        # What is neither frozen nor young is looked at again and again.
+        assert len(gc.get_objects(generation=2)) < gc.get_freeze_count() / 10
+        await pretend_worker.work(runtime)
+
+    with supervised_run(directory, dns=look) as run:
+        found = run.wait_until_healthy()
+        assert all(worker.restarts == 0 for worker in found.workers)
+
+
 @pytest.mark.root
 def test_limits_of_a_worker(directory):
     with supervised_run(directory) as run:
@@ -370,19 +427,20 @@ def test_worker_holds_only_the_descriptors_it_was_given(directory):
         for slot, pid in pids(run.wait_until_healthy()).items():
             open_now = targets_of(pid)
             assert open_now[0] == open_now[1] == os.devnull
-            assert open_now[2] == str(run.log_path)
+            assert open_now[2].startswith("pipe:")
             given = sum(target == os.devnull for target in open_now.values()) - 2
             assert given == (2 if slot in ("tun", "dns") else 0)
-            # A pipe has two ends and one name: the log's is all that both processes hold.
+            # A pipe has two ends and one name: two of them, of the log and of standard error, are
+            # all that both processes hold.
             shared = set(open_now.values()) & descriptors_of(run.pid)
             assert {re.sub(r"\d+", "", target) for target in shared if target[0] != "/"} <= {
                 "pipe:[]",
                 "anon_inode:[eventpoll]",
                 "anon_inode:[eventfd]",
             }
-            assert sum(target.startswith("pipe:") for target in shared) == 1, open_now
+            assert sum(target.startswith("pipe:") for target in shared) == 2, open_now
             files = [target for target in open_now.values() if target.startswith("/")]
-            assert set(files) == {os.devnull, str(run.log_path)}
+            assert set(files) == {os.devnull}
         assert not secret.closed
 
 

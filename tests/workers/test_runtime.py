@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ NETWORK = m.Network(
 )
 
 
-def configuration(bus_dir: Path) -> m.ConfigureDns:
+def configuration(bus_dir: Path, *, is_standby: bool = False) -> m.ConfigureDns:
     public, secret = make_key_pair()
     peers = {"proxy-0": make_key_pair()[0]}
     common = m.Common(
@@ -41,6 +42,7 @@ def configuration(bus_dir: Path) -> m.ConfigureDns:
         keys=m.BusKeys(public=public, secret=secret, peers=peers),
         heartbeat_seconds=0.02,
         log_level="INFO",
+        is_standby=is_standby,
     )
     return m.ConfigureDns(common=common, network=NETWORK, upstream=[], ttl_seconds=10)
 
@@ -52,11 +54,11 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 class Bed:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_standby: bool = False) -> None:
         self._ends = make_pair()
         self.supervisor = Channel(self._ends[0], Role.SUPERVISOR, Role.DNS, takes_descriptors=False)
         self.channel = Channel(self._ends[1], Role.DNS, Role.SUPERVISOR, takes_descriptors=True)
-        self.config = configuration(directory)
+        self.config = configuration(directory, is_standby=is_standby)
         self.runtime: Runtime[m.ConfigureDns] = Runtime(
             self.channel, self.config, [], asyncio.get_running_loop()
         )
@@ -77,9 +79,9 @@ class Bed:
 
 @pytest.fixture
 def run(tmp_path):
-    def run_scenario(scenario) -> None:
+    def run_scenario(scenario, *, is_standby: bool = False) -> None:
         async def main() -> None:
-            bed = Bed(tmp_path)
+            bed = Bed(tmp_path, is_standby=is_standby)
             try:
                 await scenario(bed)
             finally:
@@ -135,6 +137,36 @@ def test_new_path_makes_the_worker_ask_for_a_successor_once(run):
     run(scenario)
 
 
+def test_no_successor_is_wanted_by_a_standby_nor_by_one_that_has_one(run):
+    async def scenario(bed: Bed) -> None:
+        bed.supervisor = Channel(bed._ends[0], Role.SUPERVISOR, Role.PROXY, takes_descriptors=False)
+        looks = 0
+
+        def look() -> Path | None:
+            nonlocal looks
+            looks += 1
+            if looks == 2:
+                bed.supervisor.send(m.Drain(deadline_seconds=1))
+                drained.wait(10)
+                return Path("/home/alice/.tsh")
+            return None
+
+        drained = threading.Event()
+        bed.runtime._what_is_new = look
+        bed.runtime.start()
+        await asyncio.sleep(0.1)  # five beats
+        assert looks == 0
+        bed.supervisor.send(m.TakeOver())
+        await until(lambda: looks == 2)
+        await bed.runtime.draining.wait()
+        drained.set()
+        await asyncio.sleep(0.1)
+        assert bed.heard() == []
+        assert looks == 2
+
+    run(scenario, is_standby=True)
+
+
 def test_stuck_loop_sends_no_heartbeat(run):
     async def scenario(bed: Bed) -> None:
         import time
@@ -153,6 +185,96 @@ def test_ready_is_said_at_once(run):
         assert bed.heard() == [m.Ready()]
 
     run(scenario)
+
+
+def test_standby_is_ready_at_once_and_begins_when_it_is_told(run):
+    async def scenario(bed: Bed) -> None:
+        bed.runtime.start()
+        begun = asyncio.create_task(bed.runtime.taken_over())
+        heard: list[m.AnyMessage] = []
+        await until(lambda: heard.extend(bed.heard()) or heard)
+        assert heard == [m.Ready()]
+        bed.supervisor.send(m.NetworkChanged(network=NETWORK))
+        await asyncio.sleep(0.05)
+        assert not begun.done()
+        bed.supervisor.send(m.TakeOver())
+        await begun
+        bed.runtime.ready()
+        assert bed.heard() == []
+
+    run(scenario, is_standby=True)
+
+
+def test_worker_without_a_predecessor_begins_before_it_is_ready(run):
+    async def scenario(bed: Bed) -> None:
+        await bed.runtime.taken_over()
+        assert bed.heard() == []
+
+    run(scenario)
+
+
+def test_drain_is_passed_on_and_the_handover_is_said(run):
+    async def scenario(bed: Bed) -> None:
+        bed.runtime.start()
+        bed.supervisor.send(m.Drain(deadline_seconds=90))
+        await bed.runtime.draining.wait()
+        assert bed.runtime.drain_seconds == 90
+        assert not bed.runtime.stopping.is_set()
+        bed.heard()
+        bed.runtime.handed_over()
+        assert bed.heard() == [m.HandedOver()]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("told", [[], [m.Drain(deadline_seconds=90)]])
+def test_stop_ends_whatever_a_worker_does(run, told):
+    async def scenario(bed: Bed) -> None:
+        ended = []
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(True)
+
+        bed.runtime.start()
+        working = asyncio.create_task(bed.runtime.until_stopped(work()))
+        for message in (*told, m.Stop(grace_seconds=1)):
+            bed.supervisor.send(message)
+        async with asyncio.timeout(10):
+            await working
+        assert ended == [True]
+
+    run(scenario)
+
+
+def test_work_may_end_by_itself_or_fail(run):
+    async def scenario(bed: Bed) -> None:
+        async def fail() -> None:
+            raise ZeroDivisionError
+
+        await bed.runtime.until_stopped(asyncio.sleep(0))
+        with pytest.raises(ZeroDivisionError):
+            await bed.runtime.until_stopped(fail())
+        assert len(asyncio.all_tasks()) == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("is_standby", "message"),
+    [(True, m.Drain(deadline_seconds=1)), (False, m.TakeOver())],
+)
+def test_worker_that_is_told_what_makes_no_sense_ends(run, is_standby, message):
+    async def scenario(bed: Bed) -> None:
+        bed.runtime.start()
+        bed.supervisor.send(message)
+        async with asyncio.timeout(10):
+            await bed.runtime.stopping.wait()
+        assert not bed.runtime.draining.is_set()
+
+    run(scenario, is_standby=is_standby)
 
 
 @pytest.mark.parametrize("order", ["stop", "signal", "close", "second configuration", "garbage"])
@@ -289,7 +411,7 @@ def test_first_message_must_be_the_configuration(run, first):
 
 def test_bus_of_a_worker_is_closed_with_it(run, tmp_path):
     async def scenario(bed: Bed) -> None:
-        bed.runtime.serve_bus(lambda _slot, _message: None)
+        bed.runtime.serve_bus(lambda _sender, _message: None)
         bed.runtime.join_bus("proxy-0", lambda _message: None)
         assert (tmp_path / "dns").is_socket()
         with contextlib.suppress(BusyError):

@@ -176,6 +176,11 @@ class DnsService:
         self._counters["in_flight_now"] = len(self._tasks)
         task.add_done_callback(self._end)
 
+    async def finished(self) -> None:
+        """Returns when no question is under way, if no others are taken."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
     def close(self) -> None:
         """Gives up all questions that are under way."""
         for task in self._tasks:
@@ -229,8 +234,10 @@ class DnsService:
 
     def _answer_place(self, state: _State, query: Query, route: Route, now: float) -> Reply | None:
         if isinstance(route, Diagnostic):
-            addresses = state.network.dns_ipv4, state.network.dns_ipv6
-            return self._addresses(query, *addresses, expires=now + self._ttl)
+            network = state.network
+            # Used once: whoever asks wants to know what works now.
+            data = answer.addresses(query, network.dns_ipv4, network.dns_ipv6, ttl=0)
+            return Reply(data, Outcome.DIAGNOSTIC)
         if isinstance(route, EmptyReverse):
             data = answer.nodata(query, route.zone_labels, self._ttl)
             return Reply(data, Outcome.NODATA, now + self._ttl)

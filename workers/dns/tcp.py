@@ -51,10 +51,29 @@ class TcpServer:
         self._server: asyncio.Server | None = None
         # In the order of their last question: the first has been idle for longest.
         self._connections: dict[_Connection, None] = {}
+        self._is_draining = False
 
     async def start(self) -> None:
         """Begins to accept."""
         self._server = await asyncio.start_server(self._serve, sock=self._socket)
+
+    def stop_accepting(self) -> None:
+        """Leaves further connections to whoever else has the socket.
+
+        Idle connections are closed; the others get the answers to what they have asked, and a new one
+        may ask its first question.
+        """
+        self._is_draining = True
+        if self._server is not None:
+            self._server.close()
+        for connection in self._connections:
+            connection.finish()
+
+    async def finished(self) -> None:
+        """Returns when every connection has ended, if no others are accepted."""
+        await asyncio.sleep(0)  # one that has just been accepted has no task yet
+        while self._connections:
+            await asyncio.wait([connection.task for connection in self._connections])
 
     async def close(self) -> None:
         """Stops accepting and ends every connection."""
@@ -74,6 +93,8 @@ class TcpServer:
             writer.transport.abort()
             return
         self._connections[connection] = None
+        if self._is_draining:
+            connection.finish()  # it came in the turn in which nothing more was accepted
         self._tally.count("tcp_connections_now")
         try:
             await connection.run()
@@ -132,10 +153,20 @@ class _Connection:
         self._server = server
         self._pending = 0
         self._answered = asyncio.Event()
+        self._has_asked = False
+        self._is_last = False  # nothing is read after the message that is being read
+        # The limit of waiting for the next message; None as soon as a part of one is here.
+        self._idling: asyncio.Timeout | None = None
 
     @property
     def is_idle(self) -> bool:
         return self._pending == 0
+
+    def finish(self) -> None:
+        """Reads no further message, except the first; ends with the last answer."""
+        self._is_last = True
+        if self._idling is not None and self._has_asked:
+            self._idling.reschedule(0.0)
 
     async def run(self) -> None:
         """Until the client closes, is idle for too long, or does not read."""
@@ -143,9 +174,10 @@ class _Connection:
         self._writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         # Timeouts, resets and an end in mid-message are how connections end.
         with suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                async with asyncio.timeout(limits.idle_seconds):
-                    data = await self._read_message()
+            while not (self._is_last and self._has_asked):
+                async with asyncio.timeout(limits.idle_seconds) as idling:
+                    data = await self._read_message(idling)
+                self._has_asked = True
                 self._server.touch(self)
                 self._take(data)
                 async with asyncio.timeout(limits.write_seconds):
@@ -161,8 +193,12 @@ class _Connection:
                 self._writer.close()
                 await self._writer.wait_closed()
 
-    async def _read_message(self) -> bytes:
-        length = int.from_bytes(await self._reader.readexactly(2))
+    async def _read_message(self, idling: asyncio.Timeout) -> bytes:
+        self._idling = idling
+        try:
+            length = int.from_bytes(await self._reader.readexactly(2))
+        finally:
+            self._idling = None
         return await self._reader.readexactly(length)
 
     def _take(self, data: bytes) -> None:

@@ -41,11 +41,15 @@ class UdpServer:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         self._loop.add_reader(self._socket.fileno(), self._read_batch)
 
-    def close(self) -> None:
-        """Stops reading and closes the socket; late answers are dropped."""
+    def stop_reading(self) -> None:
+        """Leaves further questions to whoever else has the socket; late answers are still sent."""
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
-            self._socket.close()
+
+    def close(self) -> None:
+        """Stops reading and closes the socket; late answers are dropped."""
+        self.stop_reading()
+        self._socket.close()
 
     def _read_batch(self) -> None:
         start = time.monotonic()

@@ -1,9 +1,11 @@
 """The dns worker's process: builds the parts and connects them with supervisor and proxies."""
 
+import asyncio
 import functools
 import logging
 import resource
 import socket
+from contextlib import suppress
 
 from ipc.bus import BusClient
 from ipc.messages import (
@@ -31,10 +33,12 @@ log = logging.getLogger(__name__)
 WANTED_DESCRIPTORS = 4096
 # More servers make no answer better, and each question goes to all of them.
 MAX_SERVERS = 6
+# No question takes longer (`race.Patience`), and a client that has not had its answer asks again.
+FINISH_SECONDS = 5.0
 
 
 async def main(runtime: Runtime[ConfigureDns]) -> None:
-    """Serves the sockets in `runtime.descriptors` until the runtime stops."""
+    """Serves the sockets in `runtime.descriptors` until the runtime stops or drains."""
     config = runtime.config
     tally = Tally(runtime.counters)
     forwarder = Forwarder(tally, max_sockets=_raise_descriptor_limit() // 2)
@@ -46,7 +50,10 @@ async def main(runtime: Runtime[ConfigureDns]) -> None:
     resolver = Resolver(send, config.common.proxies)
     buses.extend(
         runtime.join_bus(
-            f"proxy-{index}", resolver.on_message, functools.partial(resolver.on_connect, index)
+            f"proxy-{index}",
+            functools.partial(resolver.on_message, index),
+            functools.partial(resolver.on_connect, index),
+            functools.partial(resolver.on_disconnect, index),
         )
         for index in range(config.common.proxies)
     )
@@ -56,19 +63,61 @@ async def main(runtime: Runtime[ConfigureDns]) -> None:
     sockets = [socket.socket(fileno=descriptor) for descriptor in runtime.descriptors]
     udp = [UdpServer(sock, service, tally) for sock in sockets if sock.type == socket.SOCK_DGRAM]
     tcp = [TcpServer(sock, service, tally) for sock in sockets if sock.type == socket.SOCK_STREAM]
-    for udp_server in udp:
-        udp_server.start()
-    for tcp_server in tcp:
-        await tcp_server.start()
-    runtime.ready()
-    log.info("serving DNS on %d UDP and %d TCP sockets", len(udp), len(tcp))
-    await runtime.stopping.wait()
-    for udp_server in udp:
-        udp_server.close()
-    for tcp_server in tcp:
-        await tcp_server.close()
-    service.close()
-    resolver.close()
+    front = _Front(udp, tcp, service)
+
+    async def work() -> None:
+        await runtime.taken_over()
+        await front.start()
+        runtime.ready()
+        log.info("serving DNS on %d UDP and %d TCP sockets", len(udp), len(tcp))
+        await runtime.draining.wait()
+        front.stop_taking()
+        runtime.handed_over()
+        await front.finish(min(FINISH_SECONDS, runtime.drain_seconds))
+
+    try:
+        await runtime.until_stopped(work())
+    finally:
+        await front.close()
+        resolver.close()
+
+
+class _Front:
+    """All sockets, and what answers on them."""
+
+    def __init__(self, udp: list[UdpServer], tcp: list[TcpServer], service: DnsService) -> None:
+        self._udp = udp
+        self._tcp = tcp
+        self._service = service
+
+    async def start(self) -> None:
+        """Begins to read and to accept."""
+        for udp_server in self._udp:
+            udp_server.start()
+        for tcp_server in self._tcp:
+            await tcp_server.start()
+
+    def stop_taking(self) -> None:
+        """Leaves further questions to a successor, which has the same sockets."""
+        for udp_server in self._udp:
+            udp_server.stop_reading()
+        for tcp_server in self._tcp:
+            tcp_server.stop_accepting()
+
+    async def finish(self, seconds: float) -> None:
+        """Returns when what was taken is answered, or after so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for tcp_server in self._tcp:
+                    await tcp_server.finished()
+                await self._service.finished()
+
+    async def close(self) -> None:
+        for udp_server in self._udp:
+            udp_server.close()
+        for tcp_server in self._tcp:
+            await tcp_server.close()
+        self._service.close()
 
 
 class _Settings:

@@ -12,6 +12,9 @@ upstream here was admitted by a predecessor of this process, or by nobody: it is
 program connects again.
 
 What was dialled with a login ends with it: a logout cuts. An expired certificate does not.
+
+A proxy that is replaced hands over: it takes no new question, finishes its dials and accepts what it
+has admitted, for nobody else has the upstreams. What it has not answered then its successor is asked.
 """
 
 import asyncio
@@ -19,9 +22,12 @@ import logging
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ipc.addresses import ipv4_twin
+from ipc.connection_id import about
+from ipc.log_limit import UNLIMITED
 from ipc.messages import DialRequest, DialVerdict, Refusal
 from workers.proxy import dial
 from workers.proxy.book import BookError
@@ -110,6 +116,11 @@ class _Dial:
         address = describe(self.request.destination, self.request.destination_port)
         return f"{self.name} at {address}" if self.name else address
 
+    @property
+    def about(self) -> dict[str, str]:
+        """For log lines: which connection they are about."""
+        return about(self.request.flow_id)
+
 
 @dataclass(slots=True)
 class _Waiting:
@@ -121,7 +132,8 @@ class _Waiting:
 class Admission:
     """All connections of this proxy. At most `max_connections` dial, wait or relay at once.
 
-    `max_long_waits` of them may wait long for a certificate.
+    `max_long_waits` of them may wait long for a certificate. `is_probe(address, port)` tells the
+    supervisor's question whether this proxy works from a connection.
     """
 
     def __init__(
@@ -131,6 +143,7 @@ class Admission:
         teleport: Teleport,
         reactor: Reactor,
         answer: Callable[[DialVerdict], None],
+        is_probe: Callable[[bytes, int], bool],
         counters: dict[str, int],
         max_connections: int,
         max_long_waits: int,
@@ -141,6 +154,7 @@ class Admission:
         self._teleport = teleport
         self._reactor = reactor
         self._answer = answer
+        self._is_probe = is_probe
         self._counters = counters
         self._max_connections = max_connections
         self._addresses = ProxyAddresses()
@@ -151,8 +165,11 @@ class Admission:
         self._dialling: dict[int, _Dial] = {}
         self._waiting: dict[FlowKey, _Waiting] = {}
         self._relays: dict[Relay, Owner | None] = {}
+        self._is_leaving = False
+        # Set whenever one of the three tables has become smaller.
+        self._shrunk = asyncio.Event()
         self._bytes_of_ended = [0, 0]
-        for name in ("connections_total", "connections_failed", "connections_orphaned"):
+        for name in ("connections_total", "connections_failed", "connections_orphaned", "probes"):
             counters[name] = 0
         self.count()
 
@@ -167,6 +184,12 @@ class Admission:
         if waiting is not None and waiting.dial.request.flow_id == request.flow_id:
             # The verdict was lost, or crossed the question.
             self._answer(DialVerdict(flow_id=request.flow_id))
+            return
+        if self._is_leaving:
+            return  # the successor is asked
+        if self._is_probe(request.destination, request.destination_port):
+            self._counters["probes"] += 1
+            self._answer(DialVerdict(flow_id=request.flow_id, refusal=Refusal.PROBE))
             return
         in_use = len(self._dialling) + len(self._waiting) + len(self._relays)
         if in_use >= self._max_connections:
@@ -189,6 +212,7 @@ class Admission:
     def _forget(self, wanted: _Dial) -> None:
         if self._dialling.get(wanted.request.flow_id) is wanted:
             del self._dialling[wanted.request.flow_id]
+            self._shrunk.set()
 
     async def _admit(self, wanted: _Dial) -> None:
         try:
@@ -201,7 +225,7 @@ class Admission:
         except (NoListenerError, BookError) as error:
             self._refuse(wanted, Refusal.INTERNAL, str(error))
         except Exception:  # the outermost frame of the task; the program is told something
-            log.exception("the dial for %s failed", wanted.where)
+            log.exception("the dial for %s failed", wanted.where, extra=wanted.about)
             self._refuse(wanted, Refusal.INTERNAL, "internal error, see the log")
         else:
             self._expect(wanted, upstream)
@@ -217,7 +241,7 @@ class Admission:
         else:
             plan = await self._decide(wanted, await self._naming.meaning_of(entry))
         await self.listeners.ensure(request.destination, port)
-        return await self._connect(plan)
+        return await self._connect(wanted, plan)
 
     async def _decide(self, wanted: _Dial, found: Resolution) -> DialPlan:
         port = wanted.request.destination_port
@@ -257,7 +281,7 @@ class Admission:
         if len(self._long_waits):
             self._thinning = self._loop.call_later(THIN_SECONDS, self._thin_out)
 
-    async def _connect(self, plan: DialPlan) -> Upstream:
+    async def _connect(self, wanted: _Dial, plan: DialPlan) -> Upstream:
         """Dials; once more when the proxy was there and went away. DIAL_SECONDS for both."""
         deadline = self._loop.time() + DIAL_SECONDS
         try:
@@ -266,7 +290,7 @@ class Admission:
             left = deadline - self._loop.time() - RETRY_SECONDS
             if left <= 0:
                 raise
-            log.debug("dialled once more: %s", error)
+            log.debug("dialled once more: %s", error, extra=wanted.about)
         await asyncio.sleep(RETRY_SECONDS)
         return await dial.dial(plan, left, self._reactor, known=self._addresses)
 
@@ -280,12 +304,14 @@ class Admission:
         self._give_up(wanted.key)
         expiry = self._loop.call_later(ACCEPT_SECONDS, self._give_up, wanted.key)
         self._waiting[wanted.key] = _Waiting(upstream, wanted, expiry)
+        log.debug("connection to %s admitted", wanted.where, extra=wanted.about)
         self._answer(DialVerdict(flow_id=wanted.request.flow_id))
 
     def _give_up(self, key: FlowKey) -> None:
         if (waiting := self._waiting.pop(key, None)) is not None:
             waiting.expiry.cancel()
             waiting.upstream.close()
+            self._shrunk.set()
 
     def _refuse(self, wanted: _Dial, refusal: Refusal, why: str) -> None:
         if wanted.is_over:
@@ -294,7 +320,9 @@ class Admission:
         self._counters["connections_failed"] += 1
         line = f"connection to {wanted.where} refused ({refusal}): {why}"
         if self._refusal_log.note(line, self._loop.time()):
-            log.info("%s", line)
+            log.info("%s", line, extra={**UNLIMITED, **wanted.about})
+        else:
+            log.debug("%s", line, extra=wanted.about)
         self._answer(DialVerdict(flow_id=wanted.request.flow_id, refusal=refusal))
 
     def _stop(self, wanted: _Dial) -> None:
@@ -336,35 +364,43 @@ class Admission:
             connection.close()
             return
         waiting.expiry.cancel()
+        self._shrunk.set()
         self._counters["connections_total"] += 1
         relay = Relay(
             self._reactor,
             connection,
             waiting.upstream,
-            lambda outcome: self._ended(relay, waiting.dial.name, outcome),
+            lambda outcome: self._ended(relay, waiting.dial, outcome),
         )
         self._relays[relay] = waiting.dial.owner
         relay.start()
         if relay.is_over:
             self._relays.pop(relay, None)
 
-    def _ended(self, relay: Relay, name: str, outcome: RelayOutcome) -> None:
+    def _ended(self, relay: Relay, wanted: _Dial, outcome: RelayOutcome) -> None:
         self._relays.pop(relay, None)
+        self._shrunk.set()
         self._bytes_of_ended[0] += outcome.bytes_up
         self._bytes_of_ended[1] += outcome.bytes_down
         log.debug(
             "connection to %s ended (%s, %d bytes sent, %d received) %s",
-            name,
+            wanted.name,
             outcome.end,
             outcome.bytes_up,
             outcome.bytes_down,
             outcome.error,
+            extra=wanted.about,
         )
+
+    @property
+    def connections(self) -> int:
+        """How many are relayed now."""
+        return len(self._relays)
 
     def count(self) -> None:
         """Brings the counters up to date, and tells of refusals that were only counted."""
         for line in self._refusal_log.due(self._loop.time()):
-            log.info("%s", line)
+            log.info("%s", line, extra=UNLIMITED)
         self._counters["connections_now"] = len(self._relays)
         self._counters["dialling_now"] = len(self._dialling)
         self._counters["waiting_now"] = len(self._waiting)
@@ -374,10 +410,30 @@ class Admission:
             relay.bytes_down for relay in self._relays
         )
 
-    async def close(self) -> None:
-        """Ends everything at once: dials are cancelled, connections reset."""
-        if self._thinning is not None:
-            self._thinning.cancel()
+    # -- the end of this process --
+
+    async def hand_over(self, seconds: float) -> None:
+        """Takes no new question; returns when nothing is dialled or has yet to be accepted.
+
+        What takes longer than `seconds` is given up without a verdict.
+        """
+        self._is_leaving = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._dialling or self._waiting:
+                    await self._shrink()
+        await self._give_up_all()
+
+    async def finished(self) -> None:
+        """Returns when no connection is relayed; what was handed over cannot become another."""
+        while self._relays:
+            await self._shrink()
+
+    async def _shrink(self) -> None:
+        self._shrunk.clear()
+        await self._shrunk.wait()
+
+    async def _give_up_all(self) -> None:
         dials = list(self._dialling.values())
         for wanted in dials:
             self._stop(wanted)
@@ -385,6 +441,12 @@ class Admission:
         await asyncio.gather(*tasks, return_exceptions=True)
         for key in list(self._waiting):
             self._give_up(key)
+
+    async def close(self) -> None:
+        """Ends everything at once: dials are cancelled, connections reset."""
+        if self._thinning is not None:
+            self._thinning.cancel()
+        await self._give_up_all()
         for relay in list(self._relays):
             relay.abort()
 

@@ -45,6 +45,7 @@ class ProxyListeners:
         self._limit = limit
         self._open: OrderedDict[tuple[bytes, int], socket.socket] = OrderedDict()
         self._asked: dict[tuple[bytes, int], asyncio.Future[None]] = {}
+        self._is_closed = False
 
     def __len__(self) -> int:
         return len(self._open)
@@ -82,6 +83,10 @@ class ProxyListeners:
         """The supervisor sent a listener, asked for or left by a predecessor."""
         key = (message.address, message.port)
         listener = socket.socket(fileno=descriptor)
+        if self._is_closed:
+            # It was on its way: what comes there is for a successor.
+            listener.close()
+            return
         listener.setblocking(False)
         if (before := self._open.pop(key, None)) is not None:
             self._drop(before)
@@ -100,7 +105,8 @@ class ProxyListeners:
             future.exception()
 
     def close(self) -> None:
-        """Closes this process's copies; what waits in the backlogs waits on."""
+        """Closes this process's copies, also of what comes later; what waits in the backlogs waits on."""
+        self._is_closed = True
         for listener in self._open.values():
             self._drop(listener)
         self._open.clear()

@@ -113,10 +113,12 @@ class Naming:
 
     async def _range_for(self, target: Target) -> IPv4Network:
         """The cluster's range once it is routed: other addresses would lead nowhere."""
-        wanted = target.ipv4_range
-        if wanted is not None and await self._is_routed(str(wanted)):
-            return wanted
-        return IPv4Network(self._network.ranges[0])
+        wanted, own = target.ipv4_range, IPv4Network(self._network.ranges[0])
+        if wanted is None:
+            return own
+        # Where the rest of it belongs to somebody else, VNet's own range is a part of it.
+        is_as_good = own.subnet_of(wanted) and str(wanted) not in self._network.ranges
+        return wanted if not is_as_good and await self._is_routed(str(wanted)) else own
 
     async def _is_routed(self, text: str) -> bool:
         # The supervisor hears of a range only when the cluster's configuration is known here.
@@ -149,8 +151,14 @@ class Naming:
         return missing(range_is_full=False)
 
     def _leads_here(self, entry: Entry) -> bool:
-        """Whether the address is in a routed range: others belong to somebody else's network."""
-        return any(entry.address in IPv4Network(text) for text in self._network.ranges)
+        """Whether the address is in a routed range: others belong to somebody else's network.
+
+        VNet's own addresses may have been a name's while it had another range.
+        """
+        own = (self._network.tun_ipv4, self._network.dns_ipv4)
+        return entry.address.packed not in own and any(
+            entry.address in IPv4Network(text) for text in self._network.ranges
+        )
 
 
 def _note(name: str, target: Target) -> BookTarget:

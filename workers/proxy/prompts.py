@@ -69,6 +69,7 @@ class PromptServer:
         self._prompts: dict[str, _Prompt] = {}
         self._clients: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
+        self._inode = (0, 0)  # of the socket: a successor may have put its own in its place
 
     async def start(self) -> None:
         """Begins to listen. Without a socket, which the log tells, every question is refused."""
@@ -77,6 +78,7 @@ class PromptServer:
         except OSError as error:
             log.error("%s: vnet mfa cannot reach this proxy: %s", self._path, error)
             return
+        self._inode = _inode_of(self._path)
         self._server = await asyncio.start_unix_server(
             self._accepted, sock=end, limit=p.MAX_LINE_BYTES
         )
@@ -89,13 +91,15 @@ class PromptServer:
                 prompt.renewing.cancel()
         if self._server is None:
             return
+        # Before the socket is closed: its number is not given to another until then.
+        if self._inode == _inode_of(self._path):
+            self._path.unlink(missing_ok=True)
         self._server.close()
         tasks = list(self._clients.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._server = None
-        self._path.unlink(missing_ok=True)
 
     # -- for the client of the cluster --
 
@@ -259,6 +263,15 @@ def _listen(path: Path) -> socket.socket:
         end.close()
         raise
     return end
+
+
+def _inode_of(path: Path) -> tuple[int, int]:
+    """Device and number of what is at `path`; zeros when nothing is."""
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0)
+    return status.st_dev, status.st_ino
 
 
 def _peer_uid(writer: asyncio.StreamWriter) -> int | None:

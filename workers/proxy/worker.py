@@ -3,13 +3,16 @@
 import asyncio
 import logging
 import os
+from contextlib import suppress
 from ipaddress import IPv4Address
 from pathlib import Path
 
 from ipc import messages as m
+from ipc.bus import Sender
 from ipc.cluster_report import split
 from ipc.errors import BusyError, PeerGoneError
 from ipc.messages import AnyMessage, ConfigureProxy
+from ipc.probe_ports import probed_proxy
 from workers.proxy.admission import Admission
 from workers.proxy.book import Book, BookError
 from workers.proxy.listeners import ProxyListeners
@@ -28,6 +31,12 @@ MAX_LISTENERS = 4096
 # Questions of dns that are worked on at once; dns has its own limit, this one is for its faults.
 MAX_QUESTIONS = 2000
 COUNT_SECONDS = 0.5
+# A successor's first answers are as quick as its predecessor's if the clusters have answered it before
+# it begins; one that is slower is not waited for.
+WARM_UP_SECONDS = 2.0
+# A proxy that is replaced may finish its dials for so long; until it has handed over, its successor
+# cannot accept, and what programs begin meanwhile waits.
+HANDOVER_SECONDS = 3.0
 
 
 class ProxyWorker:
@@ -39,6 +48,8 @@ class ProxyWorker:
         self._runtime = runtime
         self._loop = asyncio.get_running_loop()
         self._questions: set[asyncio.Task[None]] = set()
+        self._is_reporting = False
+        self._clusters_changed = asyncio.Event()
         self._book = Book(
             Path(config.book_path), reserved=[IPv4Address(address) for address in reserved]
         )
@@ -55,7 +66,7 @@ class ProxyWorker:
                 prompter=self._prompts,
                 prompt_seconds=config.mfa_seconds,
             ),
-            on_change=self._report,
+            on_change=self._change,
         )
         self._naming = Naming(self._teleport, self._book, config.network)
         self._admission = Admission(
@@ -63,6 +74,7 @@ class ProxyWorker:
             teleport=self._teleport,
             reactor=Reactor(asyncio.get_running_loop()),
             answer=self._answer_tun,
+            is_probe=self._is_probe,
             counters=runtime.counters,
             max_connections=config.max_connections,
             max_long_waits=max(1, MAX_OF_ALL_PROXIES // config.common.proxies),
@@ -74,7 +86,7 @@ class ProxyWorker:
         self._admission.listeners = self._listeners
 
     async def run(self) -> None:
-        """Until the supervisor says stop."""
+        """Until the supervisor says stop, or has another proxy follow and no connection is left."""
         runtime = self._runtime
         runtime.on_message = self._hear_supervisor
         try:
@@ -82,28 +94,64 @@ class ProxyWorker:
         except BookError as error:
             # It is tried again with each name; without it there are no addresses.
             log.error("the address book cannot be opened: %s", error)
-        await self._prompts.start()
         await self._teleport.start()
         self._dns = runtime.serve_bus(self._hear_dns)
-        self._tun = runtime.join_bus("tun", self._hear_tun, self._greet_tun)
-        self._report()
-        runtime.ready()
         self._count()
         try:
-            await runtime.stopping.wait()
+            await runtime.until_stopped(self._work())
         finally:
             await self._close()
 
-    async def _close(self) -> None:
+    async def _work(self) -> None:
+        runtime = self._runtime
+        if runtime.config.common.is_standby:
+            await self._warm_up()
+        await runtime.taken_over()
+        await self._prompts.start()
+        self._tun = runtime.join_bus("tun", self._hear_tun, self._greet_tun)
+        self._is_reporting = True
+        self._report()
+        runtime.ready()
+        await runtime.draining.wait()
+        await self._hand_over()
+        await self._admission.finished()
+
+    async def _warm_up(self) -> None:
+        """Returns when each cluster has answered or failed, or after a while."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WARM_UP_SECONDS):
+                while not all(_has_been_asked(cluster) for cluster in self._teleport.states()):
+                    self._clusters_changed.clear()
+                    await self._clusters_changed.wait()
+
+    async def _hand_over(self) -> None:
+        """Gives up all that a successor needs, and keeps the connections that are relayed.
+
+        Teleport is still watched, because the end of a login cuts them.
+        """
+        self._is_reporting = False
+        await self._admission.hand_over(min(HANDOVER_SECONDS, self._runtime.drain_seconds))
+        self._listeners.close()
+        self._tun.close()
+        self._dns.close()
+        await self._stop_answering()
+        self._runtime.handed_over()
+        log.info("a successor takes new connections; left here: %d", self._admission.connections)
+
+    async def _stop_answering(self) -> None:
         for task in list(self._questions):
             task.cancel()
         await asyncio.gather(*self._questions, return_exceptions=True)
-        await self._admission.close()
-        self._listeners.close()
-        await self._teleport.close()
         await self._prompts.close()
         await self._notifier.close()
         self._book.close()
+
+    async def _close(self) -> None:
+        await self._admission.close()
+        self._listeners.close()
+        await self._teleport.close()
+        await self._stop_answering()
+        self._counting.cancel()
 
     # -- supervisor --
 
@@ -124,6 +172,11 @@ class ProxyWorker:
             case _:
                 log.error("unexpected %s from the supervisor", type(message).__name__)
 
+    def _change(self) -> None:
+        self._clusters_changed.set()
+        if self._is_reporting:
+            self._report()
+
     def _report(self) -> None:
         for part in split(self._teleport.states(), self._teleport.problem):
             self._runtime.send(part)
@@ -131,18 +184,25 @@ class ProxyWorker:
     def _count(self) -> None:
         self._admission.count()
         self._runtime.counters["listeners_now"] = len(self._listeners)
-        self._loop.call_later(COUNT_SECONDS, self._count)
+        self._counting = self._loop.call_later(COUNT_SECONDS, self._count)
 
     # -- tun --
 
     def _greet_tun(self) -> None:
-        self._tun.send(m.ProxyHello())
+        # One that is about to leave must not be taken for the successor.
+        if not self._runtime.draining.is_set():
+            self._tun.send(m.ProxyHello())
 
     def _hear_tun(self, message: AnyMessage) -> None:
         if isinstance(message, m.DialRequest):
             self._admission.request(message)
         elif isinstance(message, m.DialAbandoned):
             self._admission.abandon(message.flow_id)
+
+    def _is_probe(self, address: bytes, port: int) -> bool:
+        config = self._runtime.config
+        dns_ipv4 = config.network.dns_ipv4
+        return probed_proxy(dns_ipv4, config.common.proxies, address, port) is not None
 
     def _answer_tun(self, verdict: m.DialVerdict) -> None:
         try:
@@ -152,19 +212,19 @@ class ProxyWorker:
 
     # -- dns --
 
-    def _hear_dns(self, slot: str, message: AnyMessage) -> None:
+    def _hear_dns(self, sender: Sender, message: AnyMessage) -> None:
         if isinstance(message, m.ResolveAddress):
-            self._answer_dns(slot, self._address_resolved(message))
+            self._answer_dns(sender, self._address_resolved(message))
         elif isinstance(message, m.ResolveName):
             if len(self._questions) >= MAX_QUESTIONS:
                 failed = m.NameResolved(request_id=message.request_id, outcome=m.NameOutcome.FAILED)
-                self._answer_dns(slot, failed)
+                self._answer_dns(sender, failed)
                 return
-            task = self._loop.create_task(self._resolve(slot, message))
+            task = self._loop.create_task(self._resolve(sender, message))
             self._questions.add(task)
             task.add_done_callback(self._questions.discard)
 
-    async def _resolve(self, slot: str, question: m.ResolveName) -> None:
+    async def _resolve(self, sender: Sender, question: m.ResolveName) -> None:
         try:
             answer = await self._naming.resolve(question.name)
         except Exception:  # the outermost frame of the task; dns is told something
@@ -177,7 +237,7 @@ class ProxyWorker:
                 ipv4=answer.ipv4,
                 valid_seconds=answer.valid_seconds,
             )
-        self._answer_dns(slot, resolved)
+        self._answer_dns(sender, resolved)
 
     def _address_resolved(self, question: m.ResolveAddress) -> m.AddressResolved:
         try:
@@ -187,14 +247,19 @@ class ProxyWorker:
             name = None
         return m.AddressResolved(request_id=question.request_id, name=name)
 
-    def _answer_dns(self, slot: str, message: m.Message) -> None:
+    def _answer_dns(self, sender: Sender, message: m.Message) -> None:
         try:
-            self._dns.send(slot, message)
+            self._dns.send(sender, message)
         except (BusyError, PeerGoneError) as error:
             # It asks another proxy, or the program asks again.
-            log.debug("an answer to %s was lost: %s", slot, error)
+            log.debug("an answer to %s was lost: %s", sender.slot, error)
+
+
+def _has_been_asked(cluster: m.Cluster) -> bool:
+    """Whether it has answered, or cannot."""
+    return cluster.is_configured or cluster.state is not m.ClusterState.OK
 
 
 async def main(runtime: Runtime[ConfigureProxy]) -> None:
-    """Runs the proxy worker until the supervisor says stop."""
+    """Runs the proxy worker until it has to stop, or has handed over and finished."""
     await ProxyWorker(runtime).run()

@@ -5,11 +5,16 @@ nothing but which proxy to ask (by the destination's address) and when to ask ag
 
 A question that cannot be sent, because the proxy is not connected or its queue is full, is asked
 again every few hundredths of a second, for as long as a proxy's restart may take. A proxy that says
-hello is new: it is asked again whatever its predecessor may have known.
+hello is new: from then on it alone is asked and listened to, and it is asked again whatever its
+predecessor may have known.
 
 The gate's deadline is long, because a person may be asked for a second factor meanwhile. So that
 nobody waits that long for a proxy that is gone, or for a verdict that was lost, what is held is asked
 again every few seconds: a proxy that knows the question ignores it.
+
+The supervisor's probes are held and refused like any other SYN. A few more places are kept for them:
+when the programs that wait for a hung proxy have taken all, the refusals of the gate would look like
+its answers.
 """
 
 import asyncio
@@ -19,6 +24,8 @@ from collections.abc import Callable
 from typing import Final, assert_never
 
 from ipc.addresses import as_text, owner_of_address
+from ipc.bus import Sender
+from ipc.connection_id import about
 from ipc.errors import BusyError, PeerGoneError
 from ipc.messages import (
     PROTOCOL_VERSION,
@@ -30,6 +37,7 @@ from ipc.messages import (
     ProxyHello,
     Refusal,
 )
+from ipc.probe_ports import probed_proxy
 from workers.tun.packet import Packet
 from workers.tun.syn_gate import (
     AskOwner,
@@ -48,17 +56,20 @@ _ASK_AGAIN_SECONDS: Final = 0.05
 _REMIND_SECONDS: Final = 5.0
 # The supervisor starts a crashed proxy again within seconds, or not at all.
 _UNASKED_SECONDS: Final = 30.0
+# Far more than the supervisor sends to all proxies before it gives up on one.
+_PROBE_RESERVE: Final = 256
 
 
 class Doorkeeper:
-    """Runs the gate. `send(slot, message)` raises PeerGoneError or BusyError."""
+    """Runs the gate. `send(to, message)` raises PeerGoneError or BusyError."""
 
     def __init__(
         self,
         *,
         gate: SynGate,
         proxies: int,
-        send: Callable[[str, Message], None],
+        dns_ipv4: bytes,
+        send: Callable[[Sender, Message], None],
         write_inner: Callable[[bytes], None],
         write_outer: Callable[[bytes], None],
         counters: dict[str, int],
@@ -66,32 +77,42 @@ class Doorkeeper:
     ) -> None:
         self._gate: Final = gate
         self._proxies: Final = proxies
-        self._send: Final = send
+        self._dns_ipv4: Final = dns_ipv4
+        self._send_to: Final = send
+        # Whose hello was the last of its slot.
+        self._present: dict[str, Sender] = {}
         self._write_inner: Final = write_inner
         self._write_outer: Final = write_outer
         self._counters: Final = counters
         self._loop: Final = loop
         self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = 0.0
         # Ids of flows, and since when nobody can be asked about them.
         self._unasked: dict[int, float] = {}
         self._ask_again: asyncio.TimerHandle | None = None
         self._reminder: asyncio.TimerHandle | None = None
         self._held_before: set[int] = set()  # at the last reminder
-        names = ["syns", "syns_repeated", "admitted", "verdicts_ignored", "pending_now"]
+        names = ["syns", "syns_repeated", "probes", "admitted", "verdicts_ignored", "pending_now"]
         names += [f"refused_{reason}" for reason in Refusal]
         counters.update(dict.fromkeys(names, 0))
 
     def receive_syn(self, data: bytes, packet: Packet) -> None:
         """A connection attempt was read; `packet` is the view of `data`."""
         self._counters["syns"] += 1
-        self._execute(self._gate.receive_syn(data, packet, self._loop.time()))
+        reserve = 0
+        if packet.tcp is not None and self._is_probe(
+            packet.destination, packet.tcp.destination_port
+        ):
+            self._counters["probes"] += 1
+            reserve = _PROBE_RESERVE
+        self._execute(self._gate.receive_syn(data, packet, self._loop.time(), reserve=reserve))
 
-    def receive_message(self, slot: str, message: AnyMessage) -> None:
+    def receive_message(self, sender: Sender, message: AnyMessage) -> None:
         """A proxy spoke on the bus. The permit table has let only these messages through."""
         if isinstance(message, DialVerdict):
-            self._receive_verdict(slot, message)
+            self._receive_verdict(sender, message)
         elif isinstance(message, ProxyHello):
-            self._receive_hello(slot, message)
+            self._receive_hello(sender, message)
 
     def stop(self) -> None:
         """Cancels the timers. What is still held stays unanswered: the program asks again."""
@@ -99,32 +120,52 @@ class Doorkeeper:
             if timer is not None:
                 timer.cancel()
 
-    def _receive_verdict(self, slot: str, verdict: DialVerdict) -> None:
+    def _receive_verdict(self, sender: Sender, verdict: DialVerdict) -> None:
         question = self._gate.question(verdict.flow_id)
-        # A verdict after the deadline is ordinary; one for the flow of another proxy is not.
-        if question is None or self._owner(question.key) != slot:
+        is_owner = question is not None and self._owner(question.key) == sender.slot
+        # A verdict after the deadline is ordinary; so is one of a predecessor, which accepts nothing
+        # any more. One for the flow of another proxy is not.
+        if not is_owner or self._present.get(sender.slot) != sender:
             self._counters["verdicts_ignored"] += 1
-            if question is not None:
-                log.warning("%s answered for a connection it does not own", slot)
+            if question is not None and not is_owner:
+                log.warning("%s answered for a connection it does not own", sender.slot)
             return
         self._unasked.pop(verdict.flow_id, None)
         now = self._loop.time()
-        self._execute(self._gate.receive_verdict(verdict.flow_id, verdict.refusal, now))
+        refusal = verdict.refusal
+        if question is not None and self._is_probe(
+            question.key.destination, question.key.destination_port
+        ):
+            refusal = Refusal.PROBE  # whatever it says: nothing listens there
+        if question is not None:
+            verdict_text = "admitted" if refusal is None else f"refused ({refusal})"
+            self._note(question, f"{verdict_text} by {sender.slot}")
+        self._execute(self._gate.receive_verdict(verdict.flow_id, refusal, now))
 
-    def _receive_hello(self, slot: str, hello: ProxyHello) -> None:
+    def _receive_hello(self, sender: Sender, hello: ProxyHello) -> None:
+        slot = sender.slot
         if hello.version != PROTOCOL_VERSION:
             log.error("%s speaks version %d, not %d", slot, hello.version, PROTOCOL_VERSION)
             return
+        self._present[slot] = sender
         for question in list(self._gate.questions()):
             if self._owner(question.key) == slot:
                 self._ask(question)
+
+    def _send(self, slot: str, message: Message) -> None:
+        present = self._present.get(slot)
+        if present is None:
+            raise PeerGoneError(f"{slot} has not said hello")
+        self._send_to(present, message)
 
     def _execute(self, commands: list[Command]) -> None:
         for command in commands:
             match command:
                 case AskOwner():
+                    self._note(command, "held")
                     self._ask(command)
                 case TellAbandoned():
+                    self._note(command, "given up")
                     self._abandon(command)
                 case WriteInner():
                     self._counters["admitted" if command.first else "syns_repeated"] += 1
@@ -155,7 +196,10 @@ class Doorkeeper:
         try:
             self._send(self._owner(key), request)
         except (PeerGoneError, BusyError) as error:
-            log.debug("a connection to %s waits: %s", as_text(key.destination), error)
+            about_it = about(question.flow_id)
+            log.debug(
+                "a connection to %s waits: %s", as_text(key.destination), error, extra=about_it
+            )
             self._unasked[question.flow_id] = self._loop.time() if since is None else since
             if self._ask_again is None:
                 self._ask_again = self._loop.call_later(_ASK_AGAIN_SECONDS, self._ask_unasked)
@@ -172,7 +216,9 @@ class Doorkeeper:
                 self._ask(question)
             else:
                 del self._unasked[flow_id]
-                refused[self._owner(question.key)] += 1
+                if not self._is_probe(question.key.destination, question.key.destination_port):
+                    refused[self._owner(question.key)] += 1
+                self._note(question, f"refused, {self._owner(question.key)} cannot be asked")
                 self._execute(self._gate.receive_verdict(flow_id, Refusal.INTERNAL, now))
         for slot, number in refused.items():
             log.warning("%s cannot be asked; connections refused: %d", slot, number)
@@ -194,17 +240,42 @@ class Doorkeeper:
         except (PeerGoneError, BusyError) as error:
             log.debug("%s was not told of an abandoned dial: %s", self._owner(command.key), error)
 
+    def _note(self, flow: AskOwner | TellAbandoned, what: str) -> None:
+        """A debug line about a connection attempt; the proxy's lines about it have the same id."""
+        key = flow.key
+        if not log.isEnabledFor(logging.DEBUG) or self._is_probe(
+            key.destination, key.destination_port
+        ):
+            return
+        log.debug(
+            "connection from %s port %d to %s port %d: %s",
+            as_text(key.source),
+            key.source_port,
+            as_text(key.destination),
+            key.destination_port,
+            what,
+            extra=about(flow.flow_id),
+        )
+
     def _owner(self, key: FlowKey) -> str:
-        return f"proxy-{owner_of_address(key.destination, self._proxies)}"
+        index = probed_proxy(self._dns_ipv4, self._proxies, key.destination, key.destination_port)
+        if index is None:
+            index = owner_of_address(key.destination, self._proxies)
+        return f"proxy-{index}"
+
+    def _is_probe(self, address: bytes, port: int) -> bool:
+        return probed_proxy(self._dns_ipv4, self._proxies, address, port) is not None
 
     def _set_alarm(self) -> None:
         deadline = self._gate.next_deadline()
         if deadline is None:
             return
         if self._alarm is not None:
-            if self._alarm.when() <= deadline:
+            if self._alarm_at <= deadline:
                 return
             self._alarm.cancel()
+        # Remembered here: of a time that has passed uvloop's handle does not know it.
+        self._alarm_at = deadline
         self._alarm = self._loop.call_at(deadline, self._expire)
 
     def _expire(self) -> None:

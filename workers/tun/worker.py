@@ -2,7 +2,7 @@
 
 It borrows both TUN descriptors from the supervisor and keeps no state that matters: when it dies,
 established connections wait in the devices' queues for its successor, and programs send their SYN
-again.
+again. So it is when it drains: it reads no more and ends at once.
 """
 
 import asyncio
@@ -10,9 +10,11 @@ import logging
 import secrets
 from typing import Final
 
+from ipc.bus import Sender
 from ipc.messages import AnyMessage, ConfigureTun, Network, NetworkChanged
 from workers.runtime import Runtime
 from workers.tun.doorkeeper import Doorkeeper
+from workers.tun.last_packets import move_last_packets, noticing_death
 from workers.tun.packet import Malformed, Packet, parse_packet
 from workers.tun.policy import Drop, FastPath, Perimeter, drop_reasons, is_oversized_syn
 from workers.tun.pump import Device, Direction
@@ -29,9 +31,10 @@ _MAX_REMEMBERED: Final = 4096
 class Inspector:
     """The full check of each packet the fast path does not recognise, with its counters."""
 
-    def __init__(self, network: Network, counters: dict[str, int]) -> None:
+    def __init__(self, network: Network, proxies: int, counters: dict[str, int]) -> None:
         self._counters: Final = counters
-        self._perimeter = Perimeter(network)
+        self._proxies: Final = proxies
+        self._perimeter = Perimeter(network, proxies)
         self.doorkeeper: Doorkeeper | None = None
         self.outer_path: Final = FastPath()
         self.inner_path: Final = FastPath()
@@ -39,7 +42,7 @@ class Inspector:
 
     def replace_network(self, network: Network) -> None:
         """Ranges were added or removed."""
-        self._perimeter = Perimeter(network)
+        self._perimeter = Perimeter(network, self._proxies)
         self.outer_path.forget()
         self.inner_path.forget()
 
@@ -85,22 +88,23 @@ class Inspector:
 
 
 async def main(runtime: Runtime[ConfigureTun]) -> None:
-    """Runs until the supervisor says stop. Descriptors: [outer device, inner device]."""
+    """Runs until the supervisor says stop or drain. Descriptors: [outer device, inner device]."""
     loop = asyncio.get_running_loop()
     config, counters = runtime.config, runtime.counters
     outer = Device("outer", runtime.descriptors[0], counters)
     inner = Device("inner", runtime.descriptors[1], counters)
-    inspector = Inspector(config.network, counters)
+    inspector = Inspector(config.network, config.common.proxies, counters)
 
     # The bus needs the doorkeeper's ear and the doorkeeper the bus's mouth; nothing is received
     # before this coroutine waits for the first time.
-    def on_bus_message(slot: str, message: AnyMessage) -> None:
-        doorkeeper.receive_message(slot, message)
+    def on_bus_message(sender: Sender, message: AnyMessage) -> None:
+        doorkeeper.receive_message(sender, message)
 
     bus = runtime.serve_bus(on_bus_message)
     doorkeeper = Doorkeeper(
         gate=_build_gate(config),
         proxies=config.common.proxies,
+        dns_ipv4=config.network.dns_ipv4,
         send=bus.send,
         write_inner=inner.write,
         write_outer=outer.write,
@@ -119,15 +123,26 @@ async def main(runtime: Runtime[ConfigureTun]) -> None:
         Direction(outer, inner, inspector.outer_path.recogniser(), inspector.inspect_from_outer),
         Direction(inner, outer, inspector.inner_path.recogniser(), inspector.inspect_from_inner),
     )
-    for direction in directions:
-        direction.start(loop)
-    runtime.ready()
+
+    async def work() -> None:
+        await runtime.taken_over()
+        for direction in directions:
+            direction.start(loop)
+        runtime.ready()
+        await runtime.draining.wait()
+
     try:
-        await runtime.stopping.wait()
+        with noticing_death(loop, runtime.lost_supervisor):
+            await runtime.until_stopped(work())
+            if runtime.is_orphaned:
+                await move_last_packets()
     finally:
         for direction in directions:
             direction.stop()
         doorkeeper.stop()
+    if runtime.draining.is_set():
+        bus.close()
+        runtime.handed_over()
 
 
 def _build_gate(config: ConfigureTun) -> SynGate:

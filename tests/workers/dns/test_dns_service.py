@@ -97,6 +97,20 @@ def test_question_gets_its_answer_first_and_again(
     run(main())
 
 
+def test_diagnostic_answers_are_for_one_use_and_counted_apart() -> None:
+    async def main() -> None:
+        setup = Setup()
+        for qtype in ("A", "AAAA", "TXT", "A"):
+            record = await setup.record("vNet-Diag-1.test", qtype)
+            assert {rr.ttl for rr in (*record.rr, *record.auth)} == {0}
+        assert setup.counters["answers_diagnostic"] == 4
+        assert setup.counters["answers_own"] == setup.counters["answers_nodata"] == 0
+        assert setup.counters["cache_hits"] == 0
+        assert setup.names.asked == setup.upstreams.asked == []
+
+    run(main())
+
+
 def test_aaaa_is_no_data_while_ipv6_is_off() -> None:
     async def main() -> None:
         setup = Setup(make_network(ipv6=False))

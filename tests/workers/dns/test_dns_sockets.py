@@ -323,3 +323,114 @@ def test_client_that_goes_away_leaves_nothing() -> None:
             await wait_until(lambda: front.counters["tcp_connections_now"] == 0)
 
     run(main())
+
+
+# -- handing over to a successor that has the same sockets --
+
+
+def test_answers_to_what_was_read_leave_after_reading_has_stopped() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            front.upstreams.gate = asyncio.Event()
+            early = asyncio.ensure_future(ask_udp(front.udp, make_query(FOREIGN)))
+            await wait_until(lambda: bool(front.upstreams.asked))
+            front.udp_server.stop_reading()
+            late = asyncio.ensure_future(ask_udp(front.udp, make_query(NAME)))
+            front.upstreams.gate.set()
+            assert await early == forwarded_answer(make_query(FOREIGN))
+            await asyncio.wait_for(front.service.finished(), 5)
+            assert front.counters["queries"] == 1
+            front.udp_server.start()  # as the successor does
+            assert first_address(await late) == "100.64.0.7"
+
+    run(main())
+
+
+def test_tcp_connections_end_with_the_answers_to_what_they_have_asked() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            front.upstreams.gate = asyncio.Event()
+            idle, busy, new = [await connect_tcp(front.tcp) for _ in range(3)]
+            idle[1].write(frame(make_query(NAME)))
+            await read_frame(idle[0])
+            busy[1].write(frame(make_query(FOREIGN)))
+            await wait_until(lambda: bool(front.upstreams.asked))
+            front.tcp_server.stop_accepting()
+            ended = asyncio.ensure_future(front.tcp_server.finished())
+            assert await idle[0].read() == b""
+            new[1].write(frame(make_query(NAME)))
+            assert first_address(await read_frame(new[0])) == "100.64.0.7"
+            assert await new[0].read() == b""
+            assert not ended.done()
+            front.upstreams.gate.set()
+            assert await read_frame(busy[0]) == forwarded_answer(make_query(FOREIGN))
+            assert await busy[0].read() == b""
+            await asyncio.wait_for(ended, 5)
+            for _, writer in (idle, busy, new):
+                writer.close()
+
+    run(main())
+
+
+def test_question_of_which_a_part_has_come_is_answered() -> None:
+    async def main() -> None:
+        async with serving() as front:
+            reader, writer = await connect_tcp(front.tcp)
+            writer.write(frame(make_query(NAME)))
+            await read_frame(reader)
+            query = frame(make_query(NAME))
+            writer.write(query[:7])
+            connection = next(iter(front.tcp_server._connections))
+            await wait_until(lambda: connection._idling is None)
+            front.tcp_server.stop_accepting()
+            writer.write(query[7:])
+            assert first_address(await read_frame(reader)) == "100.64.0.7"
+            assert await reader.read() == b""
+            writer.close()
+
+    run(main())
+
+
+def test_no_query_is_lost_while_one_server_follows_the_other() -> None:
+    """Two services on copies of the same sockets, as two processes have them."""
+
+    async def main() -> None:
+        async with serving() as front:
+            udp = socket.socket(fileno=front.udp_server._socket.dup().detach())
+            tcp = socket.socket(fileno=front.tcp_server._socket.dup().detach())
+            tally = Tally({})
+            service = DnsService(make_network(), 10, front.names, front.upstreams, tally)
+            successor = UdpServer(udp, service, tally), TcpServer(tcp, service, tally)
+            stopping, answered = asyncio.Event(), 0
+
+            async def ask(number: int) -> None:
+                nonlocal answered
+                while not stopping.is_set():
+                    query = make_query(FOREIGN if number % 2 else NAME)
+                    if number < 4:
+                        answer = await ask_udp(front.udp, query)
+                    else:
+                        reader, writer = await connect_tcp(front.tcp)
+                        writer.write(frame(query))
+                        answer = await read_frame(reader)
+                        writer.close()
+                    assert first_address(answer)
+                    answered += 1
+
+            asking = [asyncio.ensure_future(ask(number)) for number in range(8)]
+            await wait_until(lambda: answered > 200)
+            front.udp_server.stop_reading()
+            front.tcp_server.stop_accepting()
+            successor[0].start()
+            await successor[1].start()
+            await front.tcp_server.finished()
+            await front.service.finished()
+            before = answered
+            await wait_until(lambda: answered > before + 200)
+            stopping.set()
+            await asyncio.gather(*asking)
+            assert tally.counters["queries"] >= 200
+            successor[0].close()
+            await successor[1].close()
+
+    run(main())

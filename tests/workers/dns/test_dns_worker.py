@@ -38,6 +38,7 @@ from ipc.messages import (
     UpstreamChanged,
 )
 from workers.dns import worker
+from workers.runtime import Runtime
 
 NAME = "pg.root.example.test"
 KEY = "k" * 40
@@ -71,7 +72,9 @@ class FakeBus:
 class FakeRuntime:
     """What the worker sees of its runtime."""
 
-    def __init__(self, upstream: list[Upstream]) -> None:
+    until_stopped = Runtime.until_stopped
+
+    def __init__(self, upstream: list[Upstream], *, is_standby: bool = False) -> None:
         keys = BusKeys(public=KEY, secret=KEY, peers={})
         self.config = ConfigureDns(
             common=Common(
@@ -96,6 +99,13 @@ class FakeRuntime:
         self.descriptors = [datagrams.detach(), listener.detach()]
         self.counters: dict[str, int] = {}
         self.stopping = asyncio.Event()
+        self.draining = asyncio.Event()
+        self.drain_seconds = 60.0
+        self.has_handed_over = False
+        self.may_begin = asyncio.Event()
+        if not is_standby:
+            self.may_begin.set()
+        self._loop = asyncio.get_running_loop()
         self.is_ready = False
         self.buses: dict[str, FakeBus] = {}
         self.on_message: Callable[[Any, list[int]], None]
@@ -103,13 +113,23 @@ class FakeRuntime:
     def ready(self) -> None:
         self.is_ready = True
 
+    async def taken_over(self) -> None:
+        if not self.may_begin.is_set():
+            self.ready()
+            await self.may_begin.wait()
+
+    def handed_over(self) -> None:
+        self.has_handed_over = True
+
     def join_bus(
         self,
         slot: str,
         on_message: Callable[[AnyMessage], None],
-        on_connect: Callable[[], None],  # tested on the resolver alone
+        on_connect: Callable[[], None],
+        on_disconnect: Callable[[], None],  # tested on the resolver alone
     ) -> FakeBus:
         self.buses[slot] = FakeBus(on_message)
+        self._loop.call_soon(on_connect)
         return self.buses[slot]
 
 
@@ -152,5 +172,60 @@ def test_worker_serves_follows_changes_and_stops() -> None:
             # A TCP connection that is open at the end does not hold the worker up.
             assert await reader.read() == b""
             writer.close()
+
+    run(main())
+
+
+def test_standby_answers_when_it_has_taken_over_and_one_that_drains_finishes() -> None:
+    async def main() -> None:
+        async with FakeServer(lambda _data, _: []) as fake:
+            upstream = [Upstream(address=packed("127.0.0.1"), port=fake.port)]
+            runtime = FakeRuntime(upstream, is_standby=True)
+            task = asyncio.ensure_future(worker.main(runtime))  # type: ignore[arg-type]
+            await wait_until(lambda: runtime.is_ready)
+            own = asyncio.ensure_future(ask_udp(runtime.udp, make_query(NAME)))
+            reader, writer = await connect_tcp(runtime.tcp)
+            writer.write(frame(make_query(NAME)))
+            await asyncio.sleep(0.05)
+            assert runtime.counters["queries"] == 0
+            runtime.may_begin.set()
+            assert DNSRecord.parse(await own).rr
+            assert DNSRecord.parse(await read_frame(reader)).rr
+
+            # A question that its server does not answer: SERVFAIL when all its time is over.
+            foreign = asyncio.ensure_future(ask_udp(runtime.udp, make_query("www.example.test")))
+            await wait_until(lambda: bool(fake.received))
+            runtime.draining.set()
+            await wait_until(lambda: runtime.has_handed_over)
+            assert not task.done()
+            assert await reader.read() == b""
+            writer.close()
+            assert DNSRecord.parse(await foreign).header.rcode == 2
+            await task
+            assert not runtime.stopping.is_set()
+
+    run(main())
+
+
+def test_one_that_drains_does_not_wait_for_ever_and_stops_when_told() -> None:
+    async def main() -> None:
+        async with FakeServer(lambda _data, _: []) as fake:
+            upstream = [Upstream(address=packed("127.0.0.1"), port=fake.port)]
+            for end in ("deadline", "stop"):
+                fake.received.clear()
+                runtime = FakeRuntime(upstream)
+                runtime.drain_seconds = 0.05 if end == "deadline" else 60.0
+                task = asyncio.ensure_future(worker.main(runtime))  # type: ignore[arg-type]
+                await wait_until(lambda runtime=runtime: runtime.is_ready)
+                foreign = asyncio.ensure_future(
+                    ask_udp(runtime.udp, make_query("www.example.test"))
+                )
+                await wait_until(lambda: bool(fake.received))
+                runtime.draining.set()
+                await wait_until(lambda runtime=runtime: runtime.has_handed_over)
+                if end == "stop":
+                    runtime.stopping.set()
+                await asyncio.wait_for(task, 2)
+                foreign.cancel()
 
     run(main())

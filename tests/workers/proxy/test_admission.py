@@ -9,6 +9,7 @@ import struct
 from ipaddress import IPv4Address
 from pathlib import Path
 
+import msgspec
 import pytest
 from glue_fakes import (
     OWNER,
@@ -22,6 +23,7 @@ from glue_fakes import (
     database_target,
 )
 
+from ipc.connection_id import connection_id
 from ipc.messages import DialRequest, DialVerdict, Refusal
 from workers.proxy import admission as module
 from workers.proxy import dial
@@ -33,6 +35,8 @@ from workers.proxy.naming import UnknownAddressError
 from workers.proxy.relay import RelayEnd, RelayOutcome
 from workers.proxy.teleport.errors import PortNotAllowedError, RefusedError, UnreachableError
 from workers.proxy.teleport.targets import NoSuchName, NotOurs, Owner, Resolution, WebApp
+
+PROBED = (b"\x64\x40\0\2", 47_001)
 
 
 class FakeUpstream:
@@ -112,6 +116,7 @@ class Bed:
             teleport=self.teleport,
             reactor=None,
             answer=self.verdicts.append,
+            is_probe=lambda address, port: (address, port) == PROBED,
             counters=self.counters,
             max_connections=max_connections,
             max_long_waits=max_long_waits,
@@ -599,3 +604,123 @@ def test_the_same_refusal_is_told_once_and_counted(run, caplog):
 
     with caplog.at_level(logging.INFO):
         run(scenario, max_connections=2000)
+
+
+def test_each_refusal_is_told_at_debug_with_the_id_of_its_connection(run, caplog):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = NotOurs()
+        for flow_id in (1, 2, 3):
+            await bed.verdict(program, flow_id)
+        told = [
+            (record.levelname, record.connection)
+            for record in caplog.records
+            if "refused (" in record.getMessage()
+        ]
+        assert told == [
+            ("INFO", connection_id(1)),
+            ("DEBUG", connection_id(2)),
+            ("DEBUG", connection_id(3)),
+        ]
+
+    with caplog.at_level(logging.DEBUG):
+        run(scenario)
+
+
+def test_probe_is_refused_at_once_and_is_no_connection(run, caplog):
+    caplog.set_level(logging.INFO)
+
+    async def scenario(bed, program):
+        bed.dial_results.append(asyncio.Event())
+        bed.admission.request(bed.request(program))
+        address, port = PROBED
+        probe = msgspec.structs.replace(
+            bed.request(program, flow_id=2), destination=address, destination_port=port
+        )
+        bed.admission.request(probe)
+        # Above the limit on connections too, and without a turn of the loop.
+        assert bed.verdicts == [DialVerdict(flow_id=2, refusal=Refusal.PROBE)]
+        bed.admission.request(msgspec.structs.replace(probe, destination_port=port + 1, flow_id=3))
+        assert bed.verdicts[1:] == [DialVerdict(flow_id=3, refusal=Refusal.TOO_MANY)]
+        assert bed.counters["probes"] == bed.counters["connections_failed"] == 1
+        assert [record for record in caplog.records if "probe" in record.getMessage()] == []
+        bed.admission.abandon(1)
+
+    run(scenario, max_connections=1)
+
+
+# -- handing over to a successor --
+
+
+def test_handover_with_nothing_under_way_takes_no_time(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        bed.connect(program)
+        began = asyncio.get_running_loop().time()
+        await bed.admission.hand_over(60.0)
+        assert asyncio.get_running_loop().time() - began < 1.0
+        assert bed.admission.connections == 1
+        assert not FakeRelay.made[0].is_over
+        finished = asyncio.ensure_future(bed.admission.finished())
+        await asyncio.sleep(0)
+        assert not finished.done()
+        FakeRelay.made[0].end()
+        await finished
+
+    run(scenario)
+
+
+def test_handover_waits_for_dials_and_for_what_they_admit(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        held = asyncio.Event()
+        bed.dial_results = [held]
+        bed.admission.request(bed.request(program, 1))
+        await until(lambda: bed.plans)
+        handover = asyncio.ensure_future(bed.admission.hand_over(60.0))
+        await asyncio.sleep(0)
+        # For its successor, which tun asks again.
+        bed.admission.request(bed.request(program, 2, port=1))
+        held.set()
+        assert await bed.answer(1) is None
+        bed.admission.request(bed.request(program, 1))  # the verdict was lost
+        assert bed.verdicts == [DialVerdict(flow_id=1)] * 2
+        await asyncio.sleep(0.01)
+        assert not handover.done()
+        bed.connect(program)
+        await handover
+        assert len(bed.dialled) == 1
+        assert bed.count("connections_now") == 1
+
+    run(scenario)
+
+
+def test_what_takes_too_long_at_the_handover_is_given_up_without_a_verdict(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program, 1)  # its program never comes
+        with bed.program() as slow, bed.program() as second_factor:
+            bed.dial_results = [asyncio.Event()]
+            bed.admission.request(bed.request(slow, 2))
+            await until(lambda: len(bed.plans) == 2)
+            bed.teleport.plan_result = asyncio.Event()
+            bed.admission.request(bed.request(second_factor, 3))
+            await until(lambda: len(bed.teleport.planned) == 3)
+            await bed.admission.hand_over(0.05)
+        assert [verdict.flow_id for verdict in bed.verdicts] == [1]
+        assert bed.count("dialling_now") == bed.count("waiting_now") == 0
+        assert bed.dialled[0].is_closed
+        assert bed.count("connections_failed") == 0
+        await bed.admission.finished()
+
+    run(scenario)
+
+
+def test_end_of_a_login_still_cuts_after_the_handover(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        bed.connect(program)
+        await bed.admission.hand_over(60.0)
+        finished = asyncio.ensure_future(bed.admission.finished())
+        bed.admission.cut(OWNER)
+        await finished
+        assert FakeRelay.made[0].is_over
+
+    run(scenario)

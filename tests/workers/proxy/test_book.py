@@ -285,9 +285,10 @@ def test_damage_at_run_time_begins_a_new_book_for_every_process(path, make_book)
     assert book.by_name("1.test").address == addresses[1]
 
 
-def test_a_malformed_entry_is_damage(path, make_book):
+@pytest.mark.parametrize("target", [b"\0", 7, b'{"x":' + b"[" * 5000])
+def test_a_malformed_entry_is_damage(path, make_book, target):
     book, other = make_book(), make_book()
-    book._database.execute("INSERT INTO names VALUES ('a.test', 7, x'00')")
+    book._database.execute("INSERT INTO names VALUES ('a.test', 7, ?)", (target,))
     with pytest.raises(BookUnavailableError, match="begins anew"):
         book.by_name("a.test")
     assert book.by_name("a.test") is None
@@ -315,6 +316,15 @@ def test_a_full_disk_is_an_error_of_its_own_and_known_names_still_work(make_book
     assert book.by_name("b.test") is None
     assert book.by_name("a.test").address == address
     assert book.assign("a.test", RANGE, big).address == address
+
+
+def test_the_log_of_the_file_stays_small(path, make_book):
+    """A small disk must not be full of a book that has a few hundred names."""
+    books = [make_book(), make_book()]
+    for number in range(600):
+        books[number % 2].assign(f"app-{number}.test", RANGE, TARGET)
+    files = path.parent.glob(f"{path.name}*")
+    assert sum(file.stat().st_size for file in files) < 3 << 19
 
 
 def test_a_book_locked_too_long_is_unavailable(path, make_book):

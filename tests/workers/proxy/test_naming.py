@@ -94,6 +94,55 @@ def test_range_that_is_never_routed_is_waited_for_once(naming, teleport, monkeyp
     assert resolve(naming, "other.test").ipv4[:2] == b"\x0a\x02"
 
 
+def test_range_around_vnets_own_is_not_waited_for(teleport, book, monkeypatch):
+    monkeypatch.setattr("workers.proxy.naming.ROUTE_SECONDS", 3600)
+    naming = Naming(teleport, book, msgspec.structs.replace(NETWORK, ranges=["100.115.92.0/23"]))
+    teleport.targets[NAME] = app_target(ipv4_range="100.64.0.0/10")
+    address = resolve(naming).ipv4
+    assert IPv4Address(address) in IPv4Network("100.115.92.0/23")
+    # Once all of it is free the address is good still.
+    naming.use_network(msgspec.structs.replace(NETWORK, ranges=["100.64.0.0/10"]))
+    assert resolve(naming).ipv4 == address
+
+
+def test_names_move_with_vnets_own_range(teleport, tmp_path):
+    """The range was another in an earlier run, and its addresses now belong to others."""
+    names = [f"app{number}.test" for number in range(20)]
+
+    def addresses(text: str) -> list[IPv4Address]:
+        own = IPv4Network(text)
+        network = msgspec.structs.replace(
+            NETWORK, ranges=[text], tun_ipv4=own[1].packed, dns_ipv4=own[2].packed
+        )
+        book = Book(tmp_path / "book.sqlite", reserved=[own[1], own[2]])
+        book.open()
+        naming = Naming(teleport, book, network)
+        teleport.targets |= {name: app_target() for name in names}
+        found = [IPv4Address(resolve(naming, name).ipv4) for name in names]
+        assert [naming.name_of(address.packed) for address in found] == names
+        assert all(address in own and address not in (own[1], own[2]) for address in found)
+        teleport.targets |= dict.fromkeys(names, UnreachableError("down"))
+        assert [IPv4Address(resolve(naming, name).ipv4) for name in names] == found
+        book.close()
+        return found
+
+    wide, part = addresses("100.64.0.0/10"), addresses("100.115.92.0/23")
+    assert set(wide).isdisjoint(part)
+    # They are in the wide range too.
+    assert addresses("100.64.0.0/10") == part
+    assert set(addresses("10.0.0.0/27")).isdisjoint(part)
+
+
+def test_what_is_vnets_own_address_now_is_not_given(teleport, book):
+    earlier = Naming(teleport, book, NETWORK)
+    teleport.targets[NAME] = app_target()
+    address = resolve(earlier).ipv4
+    teleport.targets[NAME] = UnreachableError("down")
+    assert resolve(earlier).ipv4 == address
+    now = Naming(teleport, book, msgspec.structs.replace(NETWORK, dns_ipv4=address))
+    assert resolve(now) == FAILED
+
+
 def test_first_question_waits_until_the_range_of_the_cluster_is_routed(naming, teleport):
     """Otherwise the name would have one address now and another a moment later."""
     teleport.targets[NAME] = app_target(ipv4_range="10.2.0.0/16")

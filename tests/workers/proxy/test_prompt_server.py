@@ -466,3 +466,16 @@ def test_control_characters_of_a_cluster_do_not_reach_a_terminal(play):
         assert len(opened.target) <= 500
 
     play(scene)
+
+
+def test_end_leaves_the_socket_of_a_successor(play):
+    async def scene(bed):
+        successor = PromptServer(bed.directory, "proxy-0")
+        await successor.start()
+        await bed.server.close()
+        client = await bed.connect()
+        await successor.close()
+        assert await client.is_sent_away()
+        assert not (bed.directory / "proxy-0.sock").exists()
+
+    play(scene)

@@ -190,3 +190,19 @@ def test_backlog_outlives_this_process_copy():
 )
 def test_place_is_described_for_people(address, text):
     assert describe(address, 80) == text
+
+
+def test_listener_that_comes_after_the_end_is_left_to_the_successor():
+    async def scenario(bed: Bed) -> None:
+        bed.listeners.close()
+        with socket.create_server(("127.0.0.1", 0)) as kept:
+            copy = kept.dup().detach()
+            bed.listeners.opened(ListenerOpened(address=ADDRESS, port=80), copy)
+            with socket.create_connection(kept.getsockname()):
+                await asyncio.sleep(0.02)
+                connection, _ = kept.accept()
+                connection.close()
+        assert len(bed.listeners) == 0
+        assert bed.accepted == []
+
+    run(scenario)

@@ -71,8 +71,9 @@ def test_a_changed_answer_is_not_opened():
         b'{"mfa_token":7}',
         b'{"mfa_token":"%b"}' % (b"x" * 5000),
         b"[" * 20_000,
+        b'{"mfa_token":"\xff"}',
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_an_answer_of_the_cluster_without_a_token_fails_the_sign_on(plain):
     key, raw = made()

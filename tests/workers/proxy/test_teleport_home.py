@@ -1,3 +1,4 @@
+import base64
 from datetime import timedelta
 
 import pytest
@@ -100,6 +101,10 @@ def test_without_a_cluster_the_profile_name_counts():
         b"web_proxy_addr: [a]\nuser: u",
         b"web_proxy_addr: a.test:1\nuser: u\n" + b"#" * 70_000,
         b"[" * 5000,
+        b'user: "\\U00110000"',  # characters that there are not
+        b'user: "\\UFFFFFFFF"',
+        b'web_proxy_addr: a.test:1\nuser: "\\ud800"',
+        b"web_proxy_addr: ..:1\nuser: u",
     ],
 )
 def test_impossible_profiles_are_refused(data):
@@ -135,6 +140,33 @@ def test_every_form_of_key_that_tsh_writes_is_read(key, form):
 def test_the_label_of_a_key_is_not_trusted():
     mislabelled = pem_key(RSA_KEY, PrivateFormat.PKCS8).replace(b"PRIVATE KEY", b"RSA PRIVATE KEY")
     assert parse_private_key(mislabelled).public_key() == RSA_KEY.public_key()
+
+
+def test_an_elliptic_key_with_a_compressed_point_is_no_key():
+    key = pem_key(USER_KEY, PrivateFormat.OpenSSH)
+    body = b"".join(key.splitlines()[1:-1])
+    compressed = base64.b64decode(body).replace(b"\0\0\0\x41\x04", b"\0\0\0\x41\x02")
+    damaged = base64.encodebytes(compressed)
+    with pytest.raises(CredentialError):
+        parse_private_key(
+            b"-----BEGIN OPENSSH PRIVATE KEY-----\n"
+            + damaged
+            + b"-----END OPENSSH PRIVATE KEY-----\n"
+        )
+
+
+def test_a_key_that_would_take_minutes_to_check_is_refused_unread():
+    encoded = base64.encodebytes(b"\x30\x82\x80\x00" + b"\xff" * 32768)
+    with pytest.raises(CredentialError, match="too large"):
+        parse_private_key(
+            b"-----BEGIN RSA PRIVATE KEY-----\n" + encoded + b"-----END RSA PRIVATE KEY-----\n"
+        )
+
+
+def test_a_block_that_never_ends_hides_no_other_and_costs_no_time():
+    """A search for the end of each of these would take minutes."""
+    cut_off = b"-----BEGIN CERTIFICATE-----\n" * 30_000
+    assert parse_authorities(cut_off + pem(AUTHORITY)) == parse_authorities(pem(AUTHORITY))
 
 
 def test_a_hardware_key_is_told_apart():

@@ -40,7 +40,23 @@ def test_addresses_are_split(text, expected):
     assert split_host_port(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", ":443", "a:0", "a:65536", "a:x", "a:-1", "a/b:1", "a:٣"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":443",
+        "a:0",
+        "a:65536",
+        "a:x",
+        "a:-1",
+        "a/b:1",
+        "a:٣",
+        "..:1",
+        "a\nb",
+        "a\x1b",
+        "\ud800",
+    ],
+)
 def test_impossible_addresses_are_refused(text):
     with pytest.raises(ValueError):
         split_host_port(text)

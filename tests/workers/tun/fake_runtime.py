@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from tun_bed import NETWORK
 
+from ipc.bus import Sender
 from ipc.errors import BusyError, PeerGoneError
 from ipc.messages import (
     BusKeys,
@@ -16,6 +17,7 @@ from ipc.messages import (
     DialVerdict,
     ProxyHello,
 )
+from workers.runtime import Runtime
 from workers.tun import worker
 
 CONFIG = ConfigureTun(
@@ -45,11 +47,20 @@ class FakeBus:
         self.busy = False
         self.asked: list[tuple[str, DialRequest]] = []
         self.abandoned: list[tuple[str, DialAbandoned]] = []
-        self.deliver: Callable[[str, object], None] = lambda _slot, _message: None
+        self.on_message: Callable[[Sender, object], None] = lambda _sender, _message: None
+        self.senders = {slot: Sender(slot, b"0") for slot in ("proxy-0", "proxy-1")}
+        self.is_closed = False
 
-    def send(self, slot, message):
-        if not self.connected:
-            raise PeerGoneError(f"{slot} has not joined")
+    def deliver(self, slot, message):
+        self.on_message(self.senders[slot], message)
+
+    def close(self):
+        self.is_closed = True
+
+    def send(self, to, message):
+        slot = to.slot
+        if not self.connected or to != self.senders[slot]:
+            raise PeerGoneError(f"{slot} is gone")
         if self.busy:
             raise BusyError(f"{slot} does not read")
         if isinstance(message, DialAbandoned):
@@ -61,8 +72,10 @@ class FakeBus:
             asyncio.get_running_loop().call_soon(self.deliver, slot, verdict)
 
     def say_hello(self, version=1):
+        """Both proxies have joined anew."""
         self.connected = True
-        for slot in ("proxy-0", "proxy-1"):
+        for slot, before in list(self.senders.items()):
+            self.senders[slot] = Sender(slot, before.route + b"+")
             self.deliver(slot, ProxyHello(version=version))
 
 
@@ -72,6 +85,13 @@ class FakeRuntime:
         self.descriptors = descriptors
         self.counters: dict[str, int] = {}
         self.stopping = asyncio.Event()
+        self.draining = asyncio.Event()
+        self.may_begin = asyncio.Event()
+        self.has_handed_over = False
+        self.is_orphaned = False
+        self._loop = asyncio.get_running_loop()
+        if not config.common.is_standby:
+            self.may_begin.set()
         self.on_message = None
         self.is_ready = asyncio.Event()
         self.bus = bus
@@ -79,8 +99,22 @@ class FakeRuntime:
     def ready(self):
         self.is_ready.set()
 
+    async def taken_over(self):
+        if not self.may_begin.is_set():
+            self.ready()
+            await self.may_begin.wait()
+
+    def lost_supervisor(self):
+        self.is_orphaned = True
+        self.stopping.set()
+
+    def handed_over(self):
+        self.has_handed_over = True
+
+    until_stopped = Runtime.until_stopped
+
     def serve_bus(self, on_message):
-        self.bus.deliver = on_message
+        self.bus.on_message = on_message
         return self.bus
 
 
@@ -90,6 +124,7 @@ async def running_worker(descriptors, bus, config=CONFIG) -> AsyncIterator[FakeR
     runtime = FakeRuntime(descriptors, bus, config)
     task = asyncio.create_task(worker.main(runtime))
     await runtime.is_ready.wait()
+    bus.say_hello()
     try:
         yield runtime
     finally:

@@ -1,11 +1,13 @@
 """The worker on real TUN devices between two real kernels; topology in tun_bed."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
 import subprocess
 import threading
+import time
 
 import pytest
 import uvloop
@@ -219,6 +221,52 @@ def test_transfer_survives_workers_that_are_replaced():
             sent, received = await asyncio.wait_for(transfer, 60)
         program.close()
         assert sent == received
+        await asyncio.to_thread(thread.join, 5)
+        assert len(names) == 1
+
+    with make_bed() as bed, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main(bed))
+
+
+@needs_tun
+def test_transfer_and_new_connections_go_on_while_workers_follow_each_other():
+    standby = replace(CONFIG, common=replace(CONFIG.common, is_standby=True))
+
+    async def main(bed):
+        names, thread = serve_echo(bed.listen(APPS["ipv4"], 443))
+        descriptors = [bed.outer_tun, bed.inner_tun]
+        ended, longest = asyncio.Event(), 0.0
+        workers = contextlib.AsyncExitStack()
+
+        async def come_and_go():
+            nonlocal longest
+            while not ended.is_set():
+                began = time.monotonic()
+                (await connect(bed, APPS["ipv4"], 80)).close()
+                longest = max(longest, time.monotonic() - began)
+
+        async with workers:
+            present = await workers.enter_async_context(running_worker(descriptors, FakeBus(admit)))
+            with bed.listen(APPS["ipv4"], 80):
+                program = await connect(bed, APPS["ipv4"])
+                transfer = asyncio.create_task(asyncio.to_thread(exchange, program, 128 << 20))
+                connecting = asyncio.create_task(come_and_go())
+                for _ in range(3):
+                    await until(lambda w=present: w.counters["bytes_to_inner"] > 4 << 20)
+                    old = present
+                    present = await workers.enter_async_context(
+                        running_worker(descriptors, FakeBus(admit), standby)
+                    )
+                    old.draining.set()
+                    await until(lambda w=old: w.has_handed_over)
+                    present.may_begin.set()
+                await until(lambda w=present: w.counters["admitted"] > 3)
+                ended.set()
+                await connecting
+                sent, received = await asyncio.wait_for(transfer, 60)
+            program.close()
+        assert sent == received
+        assert longest < 3.0  # a SYN that was read and is not answered is repeated after a second
         await asyncio.to_thread(thread.join, 5)
         assert len(names) == 1
 

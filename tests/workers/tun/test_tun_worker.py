@@ -9,11 +9,13 @@ import pytest
 import uvloop
 from fake_runtime import CONFIG, FakeBus, admit, no_answer, refuse_with, running_worker, until
 from msgspec.structs import replace
-from tun_bed import NETWORK, PREFIX, TUN_IPV4, TUN_IPV6
+from tun_bed import DNS_IPV4, NETWORK, PREFIX, TUN_IPV4, TUN_IPV6
 from tun_packets import ACK, RST, SYN, SYN_ACK, ipv4, ipv6, tcp_segment
 
 from ipc.addresses import owner_of_address
+from ipc.bus import Sender
 from ipc.messages import DialVerdict, NetworkChanged, Refusal
+from ipc.probe_ports import probe_port
 from workers.tun import doorkeeper
 from workers.tun.packet import parse_packet
 from workers.tun.pump import Device, Direction
@@ -260,6 +262,78 @@ def test_verdict_of_a_proxy_that_does_not_own_the_flow_is_ignored():
     run(story, decide=no_answer)
 
 
+def test_verdict_of_a_proxy_that_has_a_successor_is_ignored():
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        await until(lambda: bus.asked)
+        ((slot, request),) = bus.asked
+        predecessor = bus.senders[slot]
+        bus.say_hello()
+        assert bus.asked == [(slot, request)] * 2
+        # It accepts nothing any more, so what it has admitted would be reset.
+        bus.on_message(predecessor, DialVerdict(flow_id=request.flow_id))
+        assert runtime.counters["verdicts_ignored"] == 1
+        assert runtime.counters["pending_now"] == 1
+        bus.deliver(slot, DialVerdict(flow_id=request.flow_id))
+        assert await receive(wire.inner) == SYN_PACKET
+
+    run(story, decide=no_answer)
+
+
+def test_word_of_a_proxy_that_has_not_said_hello_changes_nothing():
+    async def story(wire, bus, runtime):
+        wire.host.send(SYN_PACKET)
+        await until(lambda: bus.asked)
+        ((slot, request),) = bus.asked
+        bus.on_message(Sender(slot, b"another"), DialVerdict(flow_id=request.flow_id))
+        assert runtime.counters["verdicts_ignored"] == 1
+        wire.host.send(ipv4(TUN_IPV4, APP, tcp_segment(SYN, ports=(2, 443))))
+        await until(lambda: len(bus.asked) == 2)  # who said hello is still asked
+
+    run(story, decide=no_answer)
+
+
+STANDBY = replace(CONFIG, common=replace(CONFIG.common, is_standby=True))
+
+
+def test_standby_moves_nothing_before_it_takes_over():
+    async def story(wire, bus, runtime):
+        wire.host.send(DATA_PACKET)
+        wire.host.send(SYN_PACKET)
+        await asyncio.sleep(0.05)
+        assert runtime.counters["packets_to_inner"] == runtime.counters["syns"] == 0
+        runtime.on_message(NetworkChanged(network=NETWORK), [])
+        runtime.may_begin.set()
+        assert [await receive(wire.inner) for _ in range(2)] == [DATA_PACKET, SYN_PACKET]
+
+    run(story, config=STANDBY)
+
+
+def test_one_that_drains_leaves_everything_to_its_successor_and_ends():
+    async def main():
+        wire, bus, later = Wire(), FakeBus(no_answer), FakeBus(admit)
+        try:
+            async with running_worker(wire.descriptors, bus) as old:
+                wire.host.send(SYN_PACKET)
+                await until(lambda: bus.asked)
+                async with running_worker(wire.descriptors, later, STANDBY) as successor:
+                    old.draining.set()
+                    await until(lambda: old.has_handed_over)
+                    assert bus.is_closed
+                    wire.host.send(DATA_PACKET)
+                    wire.host.send(SYN_PACKET)  # as the program's kernel repeats it
+                    await asyncio.sleep(0.02)
+                    assert old.counters["packets_to_inner"] == 0
+                    successor.may_begin.set()
+                    assert await receive(wire.inner) == DATA_PACKET
+                    assert await receive(wire.inner) == SYN_PACKET
+        finally:
+            wire.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
 def test_dropped_packets_are_counted_by_reason():
     packets = {
         "dropped_foreign_source": ipv4(b"\xc0\0\2\1", APP, tcp_segment(ACK)),
@@ -391,3 +465,85 @@ def test_broken_device_is_reported_once_until_it_works_again(caplog):
         assert len(caplog.records) == 2
     finally:
         os.close(device.descriptor)
+
+
+def probe(index, source_port=40000):
+    return ipv4(TUN_IPV4, DNS_IPV4, tcp_segment(SYN, ports=(source_port, probe_port(index))))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_probe_is_put_to_its_proxy_and_only_that_answers_it(index):
+    async def story(wire, bus, runtime):
+        wire.host.send(probe(index))
+        await until(lambda: bus.asked)
+        ((slot, request),) = bus.asked
+        assert slot == f"proxy-{index}"
+        assert request.destination_port == probe_port(index)
+        bus.deliver(f"proxy-{1 - index}", DialVerdict(flow_id=request.flow_id))
+        assert runtime.counters["pending_now"] == 1
+        bus.deliver(slot, DialVerdict(flow_id=request.flow_id, refusal=Refusal.PROBE))
+        packet = parse_packet(await receive(wire.host))
+        assert packet.tcp.flags & RST
+        assert packet.tcp.source_port == probe_port(index)
+        assert (runtime.counters["probes"], runtime.counters["refused_probe"]) == (1, 1)
+
+    run(story, decide=no_answer)
+
+
+@pytest.mark.parametrize("decide", [admit, refuse_with(Refusal.TOO_MANY)])
+def test_probe_is_never_let_in_whatever_the_proxy_says(decide):
+    async def story(wire, bus, runtime):
+        wire.host.send(probe(0))
+        assert parse_packet(await receive(wire.host)).tcp.flags & RST
+        wire.host.send(probe(0))  # the same attempt once more
+        assert parse_packet(await receive(wire.host)).tcp.flags & RST
+        assert runtime.counters["refused_probe"] == 1
+        assert runtime.counters["admitted"] == 0
+
+    run(story, decide=decide)
+
+
+def test_ports_beside_those_of_the_probes_are_not_gated():
+    async def story(wire, bus, runtime):
+        for port in (53, probe_port(0) - 1, probe_port(2)):
+            syn = ipv4(TUN_IPV4, DNS_IPV4, tcp_segment(SYN, ports=(40000, port)))
+            wire.host.send(syn)
+            assert await receive(wire.inner) == syn
+        assert bus.asked == []
+
+    run(story)
+
+
+def test_probe_of_a_hung_proxy_is_held_although_programs_have_taken_every_place(monkeypatch):
+    """The refusal for lack of place would look like the proxy's answer."""
+    monkeypatch.setattr(doorkeeper, "_PROBE_RESERVE", 2)
+
+    async def story(wire, bus, runtime):
+        for port in (1, 2):
+            wire.host.send(ipv4(TUN_IPV4, APP, tcp_segment(SYN, ports=(port, 443))))
+        for port in (1, 2, 3):
+            wire.host.send(probe(0, port))
+        packet = parse_packet(await receive(wire.host))
+        assert (packet.tcp.source_port, packet.tcp.destination_port) == (probe_port(0), 3)
+        assert runtime.counters["pending_now"] == 4
+        # Nor does a flood of them take more than that.
+        wire.host.send(ipv4(TUN_IPV4, APP, tcp_segment(SYN, ports=(3, 443))))
+        packet = parse_packet(await receive(wire.host))
+        assert packet.tcp.source_port == 443
+        assert runtime.counters["refused_too_many"] == 2
+
+    run(story, decide=no_answer, config=replace(CONFIG, max_pending=2))
+
+
+def test_probe_of_a_proxy_that_does_not_come_back_is_no_refused_connection_in_the_log(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr(doorkeeper, "_UNASKED_SECONDS", 0.1)
+
+    async def story(wire, bus, runtime):
+        bus.connected = False
+        wire.host.send(probe(0))
+        assert parse_packet(await receive(wire.host)).tcp.flags & RST
+        assert [record for record in caplog.records if "refused" in record.getMessage()] == []
+
+    run(story)

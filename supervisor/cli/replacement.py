@@ -1,0 +1,67 @@
+"""`vnet restart --drain`: orders the replacement and says how it goes."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from supervisor import control_messages as cm
+from supervisor.cli.control_client import TIMEOUT_SECONDS, AskError, ask_status, order
+from supervisor.exits import ExitStatus
+from supervisor.status import Status, WorkerStatus
+from supervisor.worker_states import WorkerState
+
+STEP_SECONDS = 0.1
+# The installed version is checked before it takes over (`supervisor.upgrade`), for 35 s at most.
+UPGRADE_SECONDS = 40.0
+# A supervisor that executes itself anew does not answer for a moment.
+SILENT_SECONDS = 10.0
+# Between two successors nothing is seen to happen for a moment.
+IDLE_SECONDS = 3.0
+
+
+def replace(run_dir: Path, worker: str, tell: Callable[[str], None]) -> ExitStatus:
+    """Replaces a worker, or all; returns when the successors work. Raises AskError."""
+    before = _present(ask_status(run_dir, cm.Status())[0])
+    seconds = UPGRADE_SECONDS if worker == "all" else TIMEOUT_SECONDS
+    tell(order(run_dir, cm.Restart(worker=worker, drain=True), seconds).text)
+    wanted = [name for name in before if worker in ("all", name)]
+    heard_at = moved_at = time.monotonic()
+    while wanted:
+        time.sleep(STEP_SECONDS)
+        now = time.monotonic()
+        try:
+            status, _ = ask_status(run_dir, cm.Status())
+        except AskError:
+            if now - heard_at > SILENT_SECONDS:
+                raise
+            continue
+        heard_at = now
+        present = _present(status)
+        done = [name for name in wanted if _has_followed(before[name], present.get(name))]
+        for name in done:
+            tell(f"{name}: process {present[name].pid} follows {before[name].pid}")
+            wanted.remove(name)
+        if done or any(_is_moving(row) for row in status.workers or ()):
+            moved_at = now
+        elif now - moved_at > IDLE_SECONDS:
+            raise AskError(
+                ExitStatus.DEGRADED,
+                f"{', '.join(wanted)} not replaced, the present ones go on: see VNet's log",
+            )
+    return ExitStatus.OK
+
+
+def _present(status: Status) -> dict[str, WorkerStatus]:
+    """The first row of each name is its present worker."""
+    rows: dict[str, WorkerStatus] = {}
+    for row in status.workers or ():
+        rows.setdefault(row.name, row)
+    return rows
+
+
+def _has_followed(old: WorkerStatus, new: WorkerStatus | None) -> bool:
+    return new is not None and new.state is WorkerState.READY and new.pid != old.pid
+
+
+def _is_moving(row: WorkerStatus) -> bool:
+    return row.state in (WorkerState.STARTING, WorkerState.BACKOFF)

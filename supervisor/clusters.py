@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, ip_address
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -29,6 +29,12 @@ _LOGGED_IN: Final = frozenset(
 )
 # More than these are counted: whoever sends a thousand wrong ones is no cluster.
 MAX_PROBLEMS: Final = 20
+
+
+class InTheWay(Protocol):
+    """What of this machine uses a range already, as a clause; empty if nothing does."""
+
+    def __call__(self, block: IPv4Network, *, is_routed: bool) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +120,11 @@ def accept(
     clusters: Sequence[Cluster],
     network: Network,
     upstream: Sequence[bytes],
-    host: Sequence[bytes] = (),
+    in_the_way: InTheWay = lambda _block, *, is_routed: "",  # noqa: ARG005  # nothing is
 ) -> Accepted:
     """Zones and ranges (VNet's own range first) to be used.
 
-    `upstream` are the packed addresses of nameservers, `host` those of this machine and of its
-    default gateways.
+    `upstream` are the packed addresses of nameservers.
     """
     # Dicts, because the order counts and each is wanted once.
     zones: dict[str, None] = {}
@@ -129,7 +134,6 @@ def accept(
     taken = [
         *(("the nameserver", address) for address in upstream),
         *(("the Teleport proxy", address) for address in proxies),
-        *(("the address or gateway of this machine,", address) for address in host),
     ]
     for cluster in clusters:
         for zone in cluster.zones:
@@ -142,6 +146,14 @@ def accept(
             # VNet's own range was chosen by this machine's administrator.
             reason = None if text in ranges else objection(text, taken)
             plain = str(IPv4Network(text)) if reason is None else text
+            if reason is None and plain not in ranges:
+                used = in_the_way(IPv4Network(plain), is_routed=plain in network.ranges)
+                if used and IPv4Network(network.ranges[0]).subnet_of(IPv4Network(plain)):
+                    # Its apps have addresses in the part that VNet has.
+                    continue
+                if used:
+                    problems[_used(plain, cluster, used)] = None
+                    continue
             if reason is None and (plain in ranges or len(ranges) < MAX_RANGES):
                 ranges[plain] = None
             else:
@@ -157,6 +169,13 @@ def _left_out(what: str, cluster: Cluster, reason: str | None) -> str:
     return (
         f"The {what} of cluster {cluster.name!r} is left out: {reason or 'there are too many'};"
         " correct vnet_config."
+    )
+
+
+def _used(text: str, cluster: Cluster, used: str) -> str:
+    return (
+        f"The range {text} of cluster {cluster.name!r} is used by something else ({used}), so its apps"
+        " have addresses of VNet's own range: stop the other program, or correct vnet_config."
     )
 
 

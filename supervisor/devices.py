@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytun
 from pyroute2 import IPRoute
@@ -17,13 +21,49 @@ from supervisor.exits import ConflictError, NotPermittedError, StartupError
 TUN_PATH = Path("/dev/net/tun")
 # linux/rtnetlink.h
 RT_TABLE_LOCAL = 255
+RT_TABLE_MAIN = 254
 RTN_LOCAL = 2
 RT_SCOPE_HOST = 254
 RT_SCOPE_LINK = 253
 IFA_F_NODAD = 0x02
+IFF_UP = 0x1
+# linux/if_tun.h, linux/if.h
+TUNGETIFF = 0x800454D2
+_IFREQ = struct.Struct("16sH22x")
+_KIND_FLAGS = pytun.IFF_TUN | pytun.IFF_TAP | pytun.IFF_NO_PI
 
 
-def make_tun(name: str) -> pytun.TunTapDevice:
+class TunDevice:
+    """A TUN device behind a descriptor of ours; the interface goes with the last such descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Takes the descriptor over."""
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def name(self) -> str:
+        """The name of its interface in that interface's network namespace.
+
+        Raises:
+            OSError: the interface was deleted, or this is no TUN device as `make_tun` makes them.
+        """
+        if self._descriptor < 0:
+            raise OSError(errno.EBADF, "the device is closed")
+        answer = fcntl.ioctl(self._descriptor, TUNGETIFF, bytes(_IFREQ.size))
+        name, flags = _IFREQ.unpack(answer)
+        if flags & _KIND_FLAGS != pytun.IFF_TUN | pytun.IFF_NO_PI:
+            raise OSError(errno.EINVAL, "it is a TUN device of another kind")
+        return bytes(name).rstrip(b"\0").decode(errors="replace")
+
+
+def make_tun(name: str) -> TunDevice:
     """A TUN device without packet information header, non-blocking.
 
     Raises:
@@ -43,8 +83,13 @@ def make_tun(name: str) -> pytun.TunTapDevice:
         device = pytun.TunTapDevice(name=name, flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
     except pytun.Error as error:
         raise _explain(name, error) from error
-    os.set_blocking(device.fileno(), False)
-    return device
+    try:
+        # The library's own descriptor would be inherited by programs.
+        descriptor = os.dup(device.fileno())
+    finally:
+        device.close()
+    os.set_blocking(descriptor, False)
+    return TunDevice(descriptor)
 
 
 def _explain(name: str, error: pytun.Error) -> StartupError:
@@ -57,6 +102,17 @@ def _explain(name: str, error: pytun.Error) -> StartupError:
     if number == errno.EBUSY:
         return ConflictError(f"the interface {name} is in use: set network.interface")
     return StartupError(f"the TUN device {name} cannot be made: {error}")
+
+
+def delete_interface(device: TunDevice) -> None:
+    """Removes the interface of a device, whoever else has copies of the descriptor."""
+    with contextlib.suppress(OSError):
+        name = device.name()
+        links = Links()
+        try:
+            links.remove(name)
+        finally:
+            links.close()
 
 
 def write_setting(path: str, value: str) -> None:
@@ -74,6 +130,15 @@ def _translated() -> Iterator[None]:
         raise OSError(error.code, os.strerror(error.code)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """One interface: its addresses, and what is routed into it by the table `main`, as text."""
+
+    is_up: bool
+    addresses: frozenset[str]
+    routes: frozenset[str]
+
+
 class Links:
     """rtnetlink in the network namespace it was made in. Everything raises OSError."""
 
@@ -89,23 +154,45 @@ class Links:
             found = [message.get_attr("IFA_ADDRESS") for message in self._netlink.get_addr()]
         return {ip_network(text).network_address.packed for text in found if text}
 
-    def gateways(self) -> set[bytes]:
-        """Packed addresses of the default routes' gateways."""
-        with _translated():
-            routes = list(self._netlink.get_default_routes())
-        found = [route.get_attr("RTA_GATEWAY") for route in routes]
-        return {ip_network(text).network_address.packed for text in found if text}
-
     def bring_up(self, name: str, mtu: int | None = None) -> None:
         index = self._index(name)
         options = {} if mtu is None else {"mtu": mtu}
         with _translated():
             self._netlink.link("set", index=index, state="up", **options)
 
+    def state_of(self, name: str) -> "LinkState":
+        """What the interface has."""
+        index = self._index(name)
+        families = (socket.AF_INET, socket.AF_INET6)
+        with _translated():
+            [link] = self._netlink.get_links(index)
+            addresses = list(self._netlink.get_addr(index=index))
+            routes = [
+                route
+                for family in families
+                for route in self._netlink.get_routes(family=family, oif=index)
+            ]
+        return LinkState(
+            is_up=bool(link["flags"] & IFF_UP),
+            addresses=frozenset(_text_of(message, "IFA_ADDRESS") for message in addresses),
+            routes=frozenset(
+                f"{_text_of(route, 'RTA_DST')}/{route['dst_len']}"
+                for route in routes
+                if route["table"] == RT_TABLE_MAIN
+            ),
+        )
+
+    def remove(self, name: str) -> None:
+        """Deletes the interface; its descriptors are of no use from then on."""
+        index = self._index(name)
+        with _translated():
+            self._netlink.link("del", index=index)
+
     def add_address(self, name: str, address: bytes) -> None:
         """Adds one address without a subnet; an IPv6 one is usable at once (RFC 4862 5.4)."""
         version6 = len(address) == 16
-        with _translated():
+        # The device may have it already; the same address on another is no error of the kernel's.
+        with contextlib.suppress(FileExistsError), _translated():
             self._netlink.addr(
                 "add",
                 index=self._index(name),
@@ -168,6 +255,10 @@ class Links:
 
     def _index(self, name: str) -> int:
         return socket.if_nametoindex(name)
+
+
+def _text_of(message: Any, name: str) -> str:
+    return str(message.get_attr(name) or "")
 
 
 def _text(address: bytes) -> str:

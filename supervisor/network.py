@@ -6,10 +6,13 @@ IPv6: a random ULA /64   ::1 TUN device   ::2 DNS server   (RFC 4193)
 
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
+import msgspec
+
 from ipc.messages import Network
 from supervisor.config import DEFAULT_RANGE, NetworkConfig
 
 PREFIX_RANDOM_BYTES = 5
+TUN_HOST, DNS_HOST = 1, 2
 
 
 def ula_prefix(random_bytes: bytes) -> bytes:
@@ -19,24 +22,34 @@ def ula_prefix(random_bytes: bytes) -> bytes:
     return b"\xfd" + random_bytes + bytes(10)
 
 
-def plan(config: NetworkConfig, prefix: bytes | None) -> Network:
-    """VNet's own addresses. `prefix` is 16 bytes, or None while IPv6 is off."""
+def plan(
+    config: NetworkConfig, prefix: bytes | None, own_range: IPv4Network | None = None
+) -> Network:
+    """VNet's own addresses.
+
+    `prefix` is 16 bytes, or None while IPv6 is off; `own_range` what was chosen for "auto".
+    """
     text = DEFAULT_RANGE if config.ipv4_cidr_range == "auto" else config.ipv4_cidr_range
-    own_range = IPv4Network(text)
+    own_range = own_range or IPv4Network(text)
     return Network(
         interface=config.interface,
         mtu=config.mtu,
         ranges=[str(own_range)],
-        tun_ipv4=own_range[1].packed,
-        dns_ipv4=own_range[2].packed,
+        tun_ipv4=own_range[TUN_HOST].packed,
+        dns_ipv4=own_range[DNS_HOST].packed,
         ipv6_prefix=prefix,
-        tun_ipv6=_in_prefix(prefix, 1),
-        dns_ipv6=_in_prefix(prefix, 2),
+        tun_ipv6=_in_prefix(prefix, TUN_HOST),
+        dns_ipv6=_in_prefix(prefix, DNS_HOST),
     )
 
 
 def _in_prefix(prefix: bytes | None, host: int) -> bytes | None:
     return None if prefix is None else prefix[:8] + host.to_bytes(8, "big")
+
+
+def without_ipv6(network: Network) -> Network:
+    """The same while IPv6 does not work on the interface."""
+    return msgspec.structs.replace(network, ipv6_prefix=None, tun_ipv6=None, dns_ipv6=None)
 
 
 def ipv6_range(network: Network) -> IPv6Network | None:

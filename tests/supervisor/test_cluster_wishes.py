@@ -93,16 +93,36 @@ def test_what_was_said_is_remembered_on_disk(tmp_path):
     assert memory.read() == []
 
 
-def test_range_may_not_cover_a_proxy_or_this_machine():
+def test_range_may_not_cover_a_proxy():
     proxy = ip_address("10.7.0.1").packed
-    cluster = msgspec.structs.replace(
-        CLUSTER, ranges=["10.7.0.0/16", "10.8.0.0/16"], proxy_addresses=[proxy]
-    )
-    gateway = ip_address("10.8.0.254").packed
-    found = clusters.accept([cluster], NETWORK, UPSTREAM, [gateway])
+    cluster = msgspec.structs.replace(CLUSTER, ranges=["10.7.0.0/16"], proxy_addresses=[proxy])
+    found = clusters.accept([cluster], NETWORK, UPSTREAM)
     assert found.ranges == [OWN]
     assert "contains the Teleport proxy 10.7.0.1" in found.problems[0]
-    assert "gateway of this machine, 10.8.0.254" in found.problems[1]
+
+
+def test_range_that_something_uses_waits_and_is_named_with_it():
+    cluster = msgspec.structs.replace(CLUSTER, ranges=["10.7.0.0/16", "10.8.0.0/16", OWN])
+    asked = {}
+
+    def in_the_way(block, *, is_routed):
+        asked[str(block)] = is_routed
+        return "docker0 has the route 10.8.3.0/24" if str(block) == "10.8.0.0/16" else ""
+
+    routed = msgspec.structs.replace(NETWORK, ranges=[OWN, "10.7.0.0/16"])
+    found = clusters.accept([cluster], routed, UPSTREAM, in_the_way)
+    assert found.ranges == [OWN, "10.7.0.0/16"]
+    assert asked == {"10.7.0.0/16": True, "10.8.0.0/16": False}
+    [problem] = found.problems
+    assert "10.8.0.0/16 of cluster 'demo.test'" in problem
+    assert "docker0 has the route 10.8.3.0/24" in problem
+
+
+def test_range_around_the_part_that_vnet_has_is_as_good_as_routed():
+    part = msgspec.structs.replace(NETWORK, ranges=["100.115.92.0/23"])
+    cluster = msgspec.structs.replace(CLUSTER, ranges=["100.64.0.0/10"])
+    found = clusters.accept([cluster], part, UPSTREAM, lambda *_, **__: "tailscale0 has it")
+    assert found == clusters.Accepted(CLUSTER.zones, ["100.115.92.0/23"], [])
 
 
 def test_only_the_same_cluster_and_only_what_was_certain_is_kept():

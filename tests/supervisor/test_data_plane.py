@@ -3,6 +3,7 @@
 Nothing pumps packets here: only what the kernel was told is looked at.
 """
 
+import dataclasses
 import gc
 import os
 import socket
@@ -12,13 +13,14 @@ from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
+import msgspec
 import pytest
 from run_fakes import NETWORK
 
 from ipc import messages as m
 from supervisor import namespace, network
 from supervisor.config import NetworkConfig
-from supervisor.dataplane import INNER_NAME, NamespaceDataPlane
+from supervisor.dataplane import INNER_NAME, KeptLink, NamespaceDataPlane, UnfitLinkError
 from supervisor.devices import Links
 from supervisor.exits import ConflictError, NotPermittedError
 
@@ -198,21 +200,6 @@ def test_range_that_is_routed_elsewhere_is_not_taken_silently():
     in_own_network(check)
 
 
-def test_addresses_and_gateways_of_the_host_are_known_without_our_own():
-    def check() -> None:
-        ip("tuntap", "add", "lan", "mode", "tun")
-        ip("link", "set", "lan", "up")
-        ip("addr", "add", "10.3.0.7/24", "dev", "lan")
-        ip("route", "add", "default", "via", "10.3.0.1")
-        plane = NamespaceDataPlane(NETWORK)
-        found = plane.host_addresses()
-        assert {ipv4("10.3.0.7"), ipv4("10.3.0.1")} <= set(found)
-        assert not {NETWORK.tun_ipv4, NETWORK.dns_ipv4, NETWORK.tun_ipv6} & set(found)
-        plane.close()
-
-    in_own_network(check)
-
-
 def test_removed_device_is_an_os_error():
     def check() -> None:
         plane = NamespaceDataPlane(NETWORK)
@@ -319,3 +306,156 @@ def test_namespace_lives_as_long_as_its_descriptor_and_is_entered_for_a_block_on
 
 def test_plan_is_a_message_part():
     assert isinstance(NETWORK, m.Network)
+
+
+# -- going on with the link of an earlier process --
+
+
+def copies(kept: KeptLink) -> KeptLink:
+    """The same link as another process would get it."""
+    return KeptLink(
+        network=kept.network,
+        outer=os.dup(kept.outer),
+        inner=os.dup(kept.inner),
+        namespace=os.dup(kept.namespace),
+        # As a service manager gives them back.
+        dns=tuple(os.dup(descriptor) for descriptor in reversed(kept.dns)),
+    )
+
+
+def everything_set() -> tuple[str, ...]:
+    """What the kernel was told, but for counters and times."""
+    return (
+        ip("-br", "link"),
+        ip("-br", "addr"),
+        ip("route", "show", "table", "all"),
+        ip("-6", "route", "show", "table", "all"),
+    )
+
+
+def test_link_is_gone_on_with_as_it_is():
+    def check() -> None:
+        first = NamespaceDataPlane(NETWORK)
+        first.set_ranges([*NETWORK.ranges, "10.1.0.0/16"])
+        index, before = socket.if_nametoindex("vnet0"), everything_set()
+        with namespace.inside(first._namespace):
+            inner_before = everything_set()
+        listener = first.open_listener(ipv4("100.99.1.2"), 80)
+        kept = copies(first.keep())
+        first.close()
+        second = NamespaceDataPlane.adopt(kept)
+        assert socket.if_nametoindex("vnet0") == index
+        assert everything_set() == before
+        with namespace.inside(second._namespace):
+            assert everything_set() == inner_before
+            # The listener is where the new ones will be.
+            socket.create_connection(("100.99.1.2", 80), timeout=5).close()
+        assert second.keep().network.ranges == [*NETWORK.ranges, "10.1.0.0/16"]
+        names = [socket.socket(fileno=os.dup(d)) for d in second.dns_descriptors]
+        assert [(end.type, end.getsockname()[0]) for end in names] == [
+            (kind, address)
+            for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM)
+            for address in ("100.64.0.2", "fd60:67ec:4325::2")
+        ]
+        second.set_ranges(NETWORK.ranges)
+        assert routed() == set(NETWORK.ranges)
+        for end in (*names, listener):
+            end.close()
+        second.close()
+        assert "vnet0" not in interfaces()
+
+    in_own_network(check)
+
+
+def test_what_the_link_lacks_is_mended():
+    def check() -> None:
+        first = NamespaceDataPlane(NETWORK)
+        first.set_ranges([*NETWORK.ranges, "10.1.0.0/16"])
+        index, before = socket.if_nametoindex("vnet0"), everything_set()
+        with namespace.inside(first._namespace):
+            inner_before = everything_set()
+            ip("link", "set", INNER_NAME, "down")
+            ip("route", "flush", "table", "local", "10.1.0.0/16")
+            ip("link", "set", "lo", "down")
+        ip("addr", "flush", "dev", "vnet0")
+        ip("link", "set", "vnet0", "down")
+        ip("link", "set", "vnet0", "mtu", "1400")
+        kept = copies(first.keep())
+        first.close()
+        second = NamespaceDataPlane.adopt(kept)
+        assert socket.if_nametoindex("vnet0") == index
+        assert set(before[2].splitlines()) == set(ip("route", "show", "table", "all").splitlines())
+        assert everything_set()[:2] == before[:2]
+        with namespace.inside(second._namespace):
+            assert everything_set()[:2] == inner_before[:2]
+            assert "local" in ip("route", "get", "10.1.2.3")
+            assert INNER_NAME in ip("route", "get", "100.64.0.1")
+        second.close()
+
+    in_own_network(check)
+
+
+def test_range_that_another_interface_has_now_is_left_out(caplog):
+    def check() -> None:
+        first = NamespaceDataPlane(NETWORK)
+        kept = copies(first.keep())
+        first.close()
+        ip("tuntap", "add", "other", "mode", "tun")
+        ip("link", "set", "other", "up")
+        ip("route", "add", "10.1.0.0/16", "dev", "other")
+        routed_before = msgspec.structs.replace(NETWORK, ranges=[*NETWORK.ranges, "10.1.0.0/16"])
+        second = NamespaceDataPlane.adopt(dataclasses.replace(kept, network=routed_before))
+        assert second.keep().network.ranges == NETWORK.ranges
+        assert "10.1.0.0/16 cannot be routed any more" in caplog.text
+        second.close()
+
+    in_own_network(check)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "renamed", "moved", "no dns", "swapped", "no tun"])
+def test_link_beyond_mending_is_removed_altogether(harm):
+    def check() -> None:
+        NamespaceDataPlane(NETWORK).close()  # what libraries open once
+        descriptors = open_descriptors()
+        first = NamespaceDataPlane(NETWORK)
+        kept = copies(first.keep())
+        if harm == "deleted":
+            ip("link", "del", "vnet0")
+        elif harm == "renamed":
+            ip("link", "set", "vnet0", "down")
+            ip("link", "set", "vnet0", "name", "vnet5")
+        elif harm == "moved":
+            other = namespace.make_network_namespace()
+            ip("link", "set", "vnet0", "netns", f"/proc/{os.getpid()}/fd/{other}")
+            os.close(other)
+        elif harm == "no dns":
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, kept.dns[0])
+            os.close(null)
+        elif harm == "swapped":
+            kept = dataclasses.replace(kept, outer=kept.inner, inner=kept.outer)
+        else:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, kept.outer)
+            os.close(null)
+        # Another process, the service manager, has copies as well: it is first here.
+        with pytest.raises(UnfitLinkError):
+            NamespaceDataPlane.adopt(kept)
+        first.close()
+        assert not {"vnet0", "vnet5"} & interfaces()
+        assert open_descriptors() == descriptors
+        NamespaceDataPlane(NETWORK).close()
+
+    in_own_network(check)
+
+
+def test_removed_link_is_gone_though_others_have_copies():
+    def check() -> None:
+        first = NamespaceDataPlane(NETWORK)
+        kept = copies(first.keep())
+        first.remove()
+        assert "vnet0" not in interfaces()
+        first.remove()
+        kept.close()
+
+    in_own_network(check)

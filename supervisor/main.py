@@ -9,9 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-from supervisor import config, logs, settings
+from supervisor import config, handover, logs, next_start, reload_plan, settings, upgrade
 from supervisor.exits import ExitStatus, MisconfiguredError, StartupError
-from supervisor.notify import Notifier
+from supervisor.handover import Handover
+from supervisor.notify import Notifier, take_stored
 from supervisor.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; ends the process with an ExitStatus."""
     flags = _parser().parse_args(arguments)
     try:
-        status = _check(flags) if flags.check_config else _run(flags)
+        handed = upgrade.take_descriptor(os.environ)
+        status = _check(flags, handed) if flags.check_config else _run(flags, handed)
     except MisconfiguredError as error:
         for problem in error.problems:
             print(f"vnet-supervisor: {problem}", file=sys.stderr)
@@ -40,10 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="instead of vnet.toml")
     parser.add_argument("--user", metavar="NAME", help="whose Teleport credentials are used")
+    parser.add_argument(
+        "--not-root", action="store_true", help="refuse to use root's Teleport credentials"
+    )
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="control socket and lock")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="address book")
     parser.add_argument(
-        "--log-level", choices=["debug", "info", "warning", "error"], default="info"
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        help="else what vnet log-level --next-start has left, else info",
     )
     parser.add_argument("--log-format", choices=["text", "json"], default="text")
     parser.add_argument(
@@ -53,22 +60,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(flags: argparse.Namespace) -> ExitStatus:
-    _settings(flags)
-    print("the configuration is valid")
+def _check(flags: argparse.Namespace, handed: int | None) -> ExitStatus:
+    if handed is None:
+        _settings(flags, None)
+        print("the configuration is valid")
+        return ExitStatus.OK
+    # The running VNet asks whether this version can go on in its place.
+    _settings(flags, handover.unseal(handed))
+    try:
+        upgrade.load_everything()
+    except Exception as error:  # noqa: BLE001  # whatever is wrong with the program, it is said
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return ExitStatus.INTERNAL
+    print(f"VNet {settings.version()}")
     return ExitStatus.OK
 
 
-def _run(flags: argparse.Namespace) -> ExitStatus:
-    chosen = _settings(flags)
+def _run(flags: argparse.Namespace, handed: int | None) -> ExitStatus:
+    # First: they stand where the next descriptors would be opened.
+    stored = take_stored(os.environ, os.getpid())
     _fill_standard_descriptors()
+    state = None if handed is None else upgrade.adopt(handed)
+    chosen = _settings(flags, state)
     handler = logs.set_up(chosen.log_level, chosen.log_format)
+    if state is not None:
+        handler.book.restore(state.log.name, state.log.last, state.log.lines)
     # Only a run needs netlink, TUN and psutil; --help and --check-config do without.
+    from supervisor.link_store import LinkStore  # noqa: PLC0415
     from supervisor.supervisor import Supervisor  # noqa: PLC0415
 
     notifier = Notifier(os.environ)
     try:
-        Supervisor(chosen, handler, notifier).run()
+        Supervisor(chosen, handler, notifier, LinkStore(notifier, stored), state).run()
     except StartupError:
         raise
     except Exception:  # the outermost frame of the process
@@ -84,13 +107,19 @@ def _fill_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def _settings(flags: argparse.Namespace) -> Settings:
+def _settings(flags: argparse.Namespace, state: Handover | None) -> Settings:
     read = config.read(flags.config)
-    if read.dns.os_integration not in ("auto", "none"):
-        raise MisconfiguredError(
-            [f"dns.os_integration: {read.dns.os_integration!r} needs a later version: use 'none'"]
-        )
+    if state is not None:
+        # As with a reload: what needs a restart of VNet stays as it is.
+        read = reload_plan.plan(handover.config_of(state), read).config
     user = settings.find_user(flags.user or read.user or None, os.environ)
+    if flags.not_root and user.uid == 0:
+        raise MisconfiguredError(
+            [f"user: {user.name} is root, whose credentials are not used here: name another user"]
+        )
+    state_dir = (flags.state_dir or settings.DEFAULT_STATE_DIR).absolute()
+    in_force = None if state is None else state.log_level.lower()
+    log_level: str = in_force or flags.log_level or next_start.log_level(state_dir) or "info"
     return Settings(
         config=read,
         config_path=flags.config,
@@ -98,8 +127,8 @@ def _settings(flags: argparse.Namespace) -> Settings:
         # Absolute, because workers leave the present directory.
         teleport_home=settings.teleport_home(read, user, os.environ).absolute(),
         run_dir=settings.run_dir(flags.run_dir, os.environ).absolute(),
-        state_dir=(flags.state_dir or settings.DEFAULT_STATE_DIR).absolute(),
-        log_level=flags.log_level.upper(),
+        state_dir=state_dir,
+        log_level=log_level.upper(),
         log_format=flags.log_format,
     )
 

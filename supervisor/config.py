@@ -67,12 +67,13 @@ class TeleportConfig(_Section, frozen=True):
 
 
 class SupervisorConfig(_Section, frozen=True):
-    """When a worker is restarted, and when it counts as hung."""
+    """When a worker is restarted, when it counts as hung, how long one that is replaced may finish."""
 
     restart_max: int = 5
     restart_window_seconds: float = 30
     heartbeat_seconds: float = 1
     hang_seconds: float = 5
+    drain_seconds: float = 3600
 
 
 class SecurityConfig(_Section, frozen=True):
@@ -227,6 +228,7 @@ def _checks(config: Config) -> Iterator[_Check]:
         ("restart_window_seconds", 1, 86400),
         ("heartbeat_seconds", 0.1, 60),
         ("hang_seconds", 1, 3600),
+        ("drain_seconds", 0, 604800),
     ):
         value = getattr(supervisor, name)
         yield f"supervisor.{name}", value, _between(low, high), f"must be {low} to {high}"

@@ -1,10 +1,14 @@
 """What commands and the status page need of the supervisor, so that they do not import it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from ipc.messages import Network, SetLogLevel
 from supervisor.clusters import ClusterView
+from supervisor.control import Promise
+from supervisor.log_book import LogBook
+from supervisor.reload_plan import ReloadPlan
 from supervisor.settings import Settings
 from supervisor.worker import Worker
 
@@ -21,6 +25,11 @@ class ObservedRun(Protocol):
         ...
 
     @property
+    def others(self) -> Sequence[Worker]:
+        """Successors that are not ready, and earlier processes that finish what they have."""
+        ...
+
+    @property
     def network(self) -> Network: ...
 
     @property
@@ -29,6 +38,26 @@ class ObservedRun(Protocol):
     @property
     def range_problems(self) -> Sequence[str]:
         """Sentences about zones and ranges that were left out."""
+        ...
+
+    @property
+    def probe_problems(self) -> Sequence[str]:
+        """Sentences about probes that nobody answers, and no worker is to blame."""
+        ...
+
+    @property
+    def network_problems(self) -> Sequence[str]:
+        """Sentences about what others do to VNet's routes and interface."""
+        ...
+
+    @property
+    def os_integration(self) -> str:
+        """What sets up the system's resolver, as `dns.os_integration` names it."""
+        ...
+
+    @property
+    def os_problems(self) -> Sequence[str]:
+        """Sentences about the system's resolver."""
         ...
 
     @property
@@ -54,6 +83,11 @@ class ObservedRun(Protocol):
 class Run(ObservedRun, Protocol):
     """A run as commands see it."""
 
+    @property
+    def log_book(self) -> LogBook:
+        """The last lines of the log."""
+        ...
+
     def order_stop(self) -> None:
         """Ends VNet soon."""
         ...
@@ -62,8 +96,16 @@ class Run(ObservedRun, Protocol):
         """Restarts a worker; this never counts as a crash."""
         ...
 
-    def use_upstream(self, configured: Sequence[str]) -> None:
-        """Takes over `dns.upstream` of a reloaded configuration."""
+    def replace(self, slots: Sequence[str]) -> None:
+        """Replaces workers without cutting a connection. Raises CannotReplaceError."""
+        ...
+
+    def order_upgrade(self) -> Promise:
+        """Has the installed version take over. Raises CannotReplaceError, UpgradeError."""
+        ...
+
+    def use_config(self, plan: ReloadPlan, teleport_home: Path) -> None:
+        """Takes over what can change while VNet runs. Raises CannotReplaceError."""
         ...
 
     def use_log_level(self, message: SetLogLevel) -> None:

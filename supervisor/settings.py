@@ -1,5 +1,6 @@
 """The supervisor's settings after flags, environment and configuration file have been weighed."""
 
+import functools
 import os
 import pwd
 from collections.abc import Mapping
@@ -40,8 +41,9 @@ class Settings:
     log_format: LogFormat
 
 
+@functools.cache
 def version() -> str:
-    """The version of the installed program."""
+    """The version of this program, as it was installed when this was asked first."""
     return metadata.version("vnet")
 
 

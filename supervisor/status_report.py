@@ -1,19 +1,21 @@
 """Collects what `supervisor.status` shows from a running supervisor."""
 
 import time
-from collections.abc import Sequence
 from ipaddress import IPv6Address
 
 import psutil
 
 from ipc.addresses import as_text
-from ipc.messages import Network
+from ipc.permits import Role, role_of
 from supervisor import status
 from supervisor.clusters import ClusterView
 from supervisor.network import dns_addresses
 from supervisor.run import ObservedRun
 from supervisor.settings import version
 from supervisor.worker import LastExit, Worker
+
+# What proxies count that is shown over the death of each.
+TOTALS = ("connections_total", "connections_failed", "bytes_sent", "bytes_received")
 
 
 class StatusReporter:
@@ -31,6 +33,7 @@ class StatusReporter:
             _worker(worker, now, *self._measures(worker)) for worker in supervisor.workers.values()
         ]
         health, reasons = self._judge(workers)
+        workers += [_worker(worker, now, *self._measures(worker)) for worker in supervisor.others]
         return status.Status(
             health=health,
             reasons=reasons,
@@ -41,7 +44,7 @@ class StatusReporter:
                 user=supervisor.settings.user.name,
             ),
             workers=workers,
-            network=_network(supervisor.network, supervisor.zones),
+            network=_network(supervisor),
             clusters=_clusters(supervisor.cluster_report()),
             connections=self._connections(),
         )
@@ -73,7 +76,7 @@ class StatusReporter:
             return None, None
 
     def _process(self, pid: int | None) -> psutil.Process | None:
-        alive = {worker.pid for worker in self._supervisor.workers.values()}
+        alive = {worker.pid for worker in self._all()}
         for gone in [known for known in self._processes if known not in alive]:
             del self._processes[gone]
         if pid is None:
@@ -83,9 +86,13 @@ class StatusReporter:
         except (psutil.Error, OSError):
             return None
 
+    def _all(self) -> list[Worker]:
+        return [*self._supervisor.workers.values(), *self._supervisor.others]
+
     def _connections(self) -> status.ConnectionsStatus:
         past = self._supervisor.past_counters
-        running = [worker.counters for worker in self._supervisor.workers.values()]
+        proxies = (worker for worker in self._all() if role_of(worker.slot) is Role.PROXY)
+        running = [worker.counters for worker in proxies]
 
         def total(name: str) -> int:
             return past.get(name, 0) + sum(counters.get(name, 0) for counters in running)
@@ -118,19 +125,19 @@ def _worker(
 
 
 def _other_reasons(supervisor: ObservedRun, report: ClusterView | None) -> list[str]:
-    reasons = list(supervisor.range_problems)
+    reasons = [
+        *supervisor.range_problems,
+        *supervisor.network_problems,
+        *supervisor.probe_problems,
+        *supervisor.os_problems,
+    ]
     if report is not None and report.problem:
         reasons.append(report.problem)
-    if supervisor.settings.config.dns.os_integration == "auto":
-        servers = " or ".join(map(as_text, dns_addresses(supervisor.network)))
-        reasons.append(
-            f"This version does not set up the system's resolver: have it ask {servers} for your"
-            ' zones, then set dns.os_integration = "none".'
-        )
     return reasons
 
 
-def _network(network: Network, zones: Sequence[str]) -> status.NetworkStatus:
+def _network(supervisor: ObservedRun) -> status.NetworkStatus:
+    network = supervisor.network
     prefix = network.ipv6_prefix
     return status.NetworkStatus(
         interface=network.interface,
@@ -138,8 +145,8 @@ def _network(network: Network, zones: Sequence[str]) -> status.NetworkStatus:
         ipv4_cidr_ranges=network.ranges,
         ipv6_prefix=None if prefix is None else str(IPv6Address(prefix)),
         dns_addresses=[as_text(address) for address in dns_addresses(network)],
-        dns_zones=list(zones),
-        os_integration="none",
+        dns_zones=list(supervisor.zones),
+        os_integration=supervisor.os_integration,
     )
 
 

@@ -8,47 +8,71 @@ work happens in the loop.
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from ipc import messages as m
-from ipc.cluster_report import Assembly, ReportOrderError
-from supervisor import clusters, configure, network, places, privileges
-from supervisor.cluster_memory import ClusterMemory
+from ipc.log_limit import tell_suppressed
+from ipc.permits import Role, role_of
+from supervisor import (
+    configure,
+    link_making,
+    logs,
+    network,
+    next_start,
+    places,
+    privileges,
+    upgrade,
+)
+from supervisor.cluster_follower import ClusterFollower
 from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
+from supervisor.config import Config
 from supervisor.configure import Surroundings
 from supervisor.confinement import identities
 from supervisor.confinement.reach import reach_of
-from supervisor.control import ControlSocket
-from supervisor.dataplane import NamespaceDataPlane
-from supervisor.listeners import ListenerRefusedError, Listeners
+from supervisor.control import ControlSocket, Promise
+from supervisor.conversation import Conversation
+from supervisor.crew import CannotReplaceError, Crew
+from supervisor.exits import StartupError
+from supervisor.handover import (
+    Handover,
+    KeptDevices,
+    KeptIdentity,
+    KeptListener,
+    KeptLog,
+    KeptReport,
+)
+from supervisor.link_store import LinkStore
+from supervisor.listeners import Listeners
 from supervisor.nameservers import Nameservers
+from supervisor.network_watch import HostChange, NetworkWatch, Outsider
 from supervisor.notify import Notifier, watchdog_seconds
+from supervisor.osconfig.os_settings import OsSettings
+from supervisor.osconfig.wish import ResolverWish
+from supervisor.privileges import Identity
+from supervisor.probe_blame import Ready
+from supervisor.probes import Prober
+from supervisor.reload_plan import ReloadPlan
 from supervisor.restart_policy import RestartLimits
 from supervisor.service_link import ServiceLink
-from supervisor.settings import Settings
-from supervisor.worker import Worker
+from supervisor.settings import Settings, version
+from supervisor.status_report import TOTALS
+from supervisor.upgrade import Upgrade, UpgradeError
+from supervisor.worker import Worker, put_down
 from supervisor.worker_states import WorkerState
 
 log = logging.getLogger(__name__)
 
 # The longest the loop sleeps: heartbeats and nameservers are looked at this often.
 TICK_SECONDS = 0.5
-# A worker that has not said READY by then never will; imports take about one second.
-START_SECONDS = 30.0
-# How long workers may take to end before they are killed.
-GRACE_SECONDS = 3.0
-# Refused listeners of one worker are told this often at most.
-WARN_SECONDS = 1.0
 # Listening sockets of all proxies: descriptors and kernel memory.
 MAX_LISTENERS = 16384
 
@@ -57,29 +81,41 @@ class Supervisor:
     """One run of VNet; `run` returns when it was told to stop."""
 
     def __init__(
-        self, settings: Settings, log_handler: logging.Handler, notifier: Notifier | None = None
+        self,
+        settings: Settings,
+        log_handler: logging.Handler,
+        notifier: Notifier | None = None,
+        link_store: LinkStore | None = None,
+        handed: Handover | None = None,
     ) -> None:
+        """`handed` is what an earlier program of this process hands over."""
         self.settings = settings
+        self._notifier = notifier or Notifier({})
+        self._link_store = link_store or LinkStore(self._notifier)
+        self._handed = handed
+        self._upgrade = Upgrade()
         self.workers: dict[str, Worker] = {}
-        self.zones: list[str] = []
-        self.reports: dict[str, ClusterView] = {}
-        self.range_problems: list[str] = []
+        self._crew = Crew(
+            self.workers,
+            make_successor=self._make_successor,
+            start=self._start,
+            take_over=self._take_over,
+        )
         self.were_ready = False
         self.started_at = time.monotonic()
         # Counters of worker processes that have ended, so that totals never fall.
         self.past_counters: dict[str, int] = {}
-        self._assemblies: dict[str, Assembly] = {}
-        # Monotonic seconds of the latest warning about a listener, by slot.
-        self._warned_at: dict[str, float] = {}
-        self._known_clusters: list[m.Cluster] = []
+        self.log_book = logs.book_of(log_handler)
         self._log_handler = log_handler
         self._selector = selectors.DefaultSelector()
-        self._registered: dict[str, int] = {}
+        self._registered: dict[Worker, int] = {}
         self._stop_is_ordered = False
+        # Not after a fault: then the link is for a successor.
+        self._ends_in_order = False
         self._reload_is_ordered = False
         self._commands = Commands(self)
         self._service = ServiceLink(
-            notifier or Notifier({}),
+            self._notifier,
             watchdog_seconds(os.environ, os.getpid()),
             self._commands.judge,
         )
@@ -87,6 +123,34 @@ class Supervisor:
     @property
     def network(self) -> m.Network:
         return self._around.network
+
+    @property
+    def others(self) -> Sequence[Worker]:
+        return [*self._crew.standbys.values(), *self._crew.leavers]
+
+    @property
+    def zones(self) -> Sequence[str]:
+        return self._follower.zones
+
+    @property
+    def range_problems(self) -> Sequence[str]:
+        return self._follower.range_problems
+
+    @property
+    def probe_problems(self) -> Sequence[str]:
+        return self._prober.problems
+
+    @property
+    def network_problems(self) -> Sequence[str]:
+        return self._network_watch.problems
+
+    @property
+    def os_integration(self) -> str:
+        return self._os_settings.backend_name
+
+    @property
+    def os_problems(self) -> Sequence[str]:
+        return self._os_settings.problems
 
     def run(self) -> None:
         """Runs until SIGINT, SIGTERM or `vnet stop`.
@@ -96,11 +160,22 @@ class Supervisor:
         """
         with contextlib.ExitStack() as closing:
             self._set_up(closing)
-            log.info("VNet starts for %s on %s", self.settings.user.name, self.network.interface)
-            for worker in self.workers.values():
-                self._start(worker)
+            log.info(
+                "VNet %s %s for %s on %s",
+                version(),
+                "starts" if self._handed is None else f"goes on after {self._handed.version}",
+                self.settings.user.name,
+                self.network.interface,
+            )
+            if self._handed is None:
+                for worker in self.workers.values():
+                    self._start(worker)
+            else:
+                self._handed = None
+                self.replace(list(self.workers))
             while not self._stop_is_ordered:
                 self._turn(TICK_SECONDS)
+            self._ends_in_order = True
             self._service.stopping()
             log.info("VNet stops")
 
@@ -112,16 +187,65 @@ class Supervisor:
 
     def restart(self, worker: Worker) -> None:
         """Restarts a worker; this never counts as a crash."""
+        now = time.monotonic()
         worker.forget_crashes()
+        self._crew.give_up_on(worker.slot, now)
         if worker.is_alive:
             worker.comes_back = True
-            worker.order_stop(time.monotonic(), GRACE_SECONDS)
+            worker.order_stop(now)
         else:
             self._start(worker)
 
-    def use_upstream(self, configured: Sequence[str]) -> None:
-        """Takes over `dns.upstream` of a reloaded configuration."""
-        self._nameservers.configure(configured)
+    def replace(self, slots: Sequence[str]) -> None:
+        """Replaces workers one after the other without cutting a connection.
+
+        A worker that is not ready has nothing to lose and is restarted.
+
+        Raises:
+            CannotReplaceError: too many processes still finish.
+        """
+        config = self.settings.config.supervisor
+        present = [self.workers[slot] for slot in slots]
+        ready = [worker.slot for worker in present if worker.state is WorkerState.READY]
+        self._crew.replace(ready, config.drain_seconds)
+        for worker in present:
+            if worker.slot not in ready and not self._crew.is_replacing(worker.slot):
+                self.restart(worker)
+
+    def order_upgrade(self) -> Promise:
+        """Has the installed version take over, as this process, without cutting a connection.
+
+        Raises:
+            CannotReplaceError: workers are being replaced, or too many processes still finish.
+            UpgradeError: it cannot be begun.
+        """
+        if not self._crew.is_quiet:
+            raise CannotReplaceError("workers are being replaced: try again in a moment")
+        self._crew.require_room(self.workers)
+        state = self._hand_over(lets_go=False)
+        return self._upgrade.order(upgrade.command(), state, time.monotonic())
+
+    def use_config(self, plan: ReloadPlan, teleport_home: Path) -> None:
+        """Takes over what can change while VNet runs.
+
+        Raises:
+            CannotReplaceError: too many processes still finish; nothing is taken over.
+        """
+        before = self.settings
+        self.settings = dataclasses.replace(before, config=plan.config, teleport_home=teleport_home)
+        try:
+            self.replace([slot for slot in self.workers if role_of(slot) in plan.replaced])
+        except CannotReplaceError:
+            self.settings = before
+            raise
+        limits = _limits(plan.config)
+        for worker in self._crew:
+            worker.use_limits(limits)
+        self._nameservers.configure(plan.config.dns.upstream)
+        self._prober.use_times(
+            heartbeat_seconds=plan.config.supervisor.heartbeat_seconds,
+            hang_seconds=plan.config.supervisor.hang_seconds,
+        )
 
     def use_log_level(self, message: m.SetLogLevel) -> None:
         """Every worker takes over the level, and each that is started from now on."""
@@ -130,77 +254,269 @@ class Supervisor:
 
     def cluster_report(self) -> ClusterView | None:
         """What the proxies that have spoken say of the clusters."""
-        views = [self.reports[slot] for slot in sorted(self.reports)]
-        return clusters.combine(views) if views else None
+        return self._follower.report
 
     # -- set-up --
 
     def _set_up(self, closing: contextlib.ExitStack) -> None:
-        settings = self.settings
-        config = settings.config
         self._log_level = logging.getLevelName(logging.getLogger().level)
         # First: a signal in the middle of this must not leave half of it behind.
         self._watch_signals(closing)
-        run_directory = places.RunDirectory(settings.run_dir)
-        closing.callback(run_directory.close)
-        is_root = os.geteuid() == 0
+        book_path = self._set_up_directories(closing)
+        plan = self._set_up_network(closing)
+        self._around = self._find_surroundings(plan, book_path)
+        self._follower = self._make_follower()
+        self._conversation = Conversation(
+            self._crew,
+            self._listeners,
+            self._follower,
+            keys=self._around.keys,
+            network=lambda: self.network,
+        )
+        self._watch_network(closing)
+        handed = self._handed
+        if handed is None:
+            self._make_workers()
+        else:
+            self._adopt(handed)
+        self._control = ControlSocket(
+            self._run_directory.control_path,
+            self._selector,
+            self._commands.answer,
+            None if handed is None else socket.socket(fileno=handed.control),
+        )
+        closing.callback(self._control.close)
+        closing.callback(self._upgrade.close)
+        if handed is None and self._link_store.is_used:
+            self._link_store.keep(self._data_plane.keep())
+        # Last in, first out: the workers end before what they borrow is closed.
+        closing.callback(self._stop_workers)
+        # Nobody is to ask workers that end.
+        closing.callback(self._os_settings.close)
+
+    def _set_up_directories(self, closing: contextlib.ExitStack) -> Path:
+        """Also the settings of the system's resolver; returns the path of the address book."""
+        settings, handed = self.settings, self._handed
+        self._run_directory = (
+            places.RunDirectory(settings.run_dir)
+            if handed is None
+            else places.RunDirectory.adopt(settings.run_dir, handed.lock)
+        )
+        closing.callback(self._run_directory.close)
         user_state = places.make_state_directory(
-            settings.state_dir, settings.user, change_owner=is_root
+            settings.state_dir, settings.user, change_owner=os.geteuid() == 0
         )
-        self._cluster_memory = ClusterMemory(
-            settings.state_dir / f"clusters-{settings.user.name}.json"
+        if handed is None:
+            next_start.forget_log_level(settings.state_dir)
+        # Before anything is set up: what a VNet that died has left may keep names from being found.
+        self._os_settings = OsSettings(
+            settings.config.dns.os_integration, settings.state_dir, goes_on=handed is not None
         )
-        self._known_clusters = self._cluster_memory.read()
+        closing.callback(self._os_settings.close)
+        return user_state / "book.sqlite"
+
+    def _set_up_network(self, closing: contextlib.ExitStack) -> m.Network:
+        """Link, listeners and what is asked through them; returns the whole plan of the network."""
+        config = self.settings.config
         if config.teleport.insecure:
             log.warning(
                 "teleport.insecure is set: the certificates of Teleport proxies are not verified"
             )
-        prefix = places.ipv6_prefix(settings.state_dir) if self._wants_ipv6() else None
-        plan = network.plan(config.network, prefix)
-        self._data_plane = NamespaceDataPlane(plan)
-        closing.callback(self._data_plane.close)
+        self._data_plane, plan = link_making.make(
+            self.settings, self._handed, self._link_store, self._os_settings.upstream
+        )
+        closing.callback(self._close_data_plane)
+        self._prober = Prober(
+            plan,
+            self._data_plane.tun_descriptors[0],
+            heartbeat_seconds=config.supervisor.heartbeat_seconds,
+            hang_seconds=config.supervisor.hang_seconds,
+        )
+        closing.callback(self._prober.close)
         # Half of the descriptors is for everything else, copies on their way to a worker included.
         limit = min(MAX_LISTENERS, privileges.raise_file_limit() // 2)
         self._listeners = Listeners(self._data_plane, config.proxy.workers, limit)
         closing.callback(self._listeners.close_all)
-        self._nameservers = Nameservers(config.dns.upstream, network.dns_addresses(plan))
-        chosen = identities.choose(configure.slots(config.proxy.workers), settings.user)
-        self._around = Surroundings(
-            network=plan,
+        self._nameservers = Nameservers(
+            config.dns.upstream, network.dns_addresses(plan), self._os_settings.upstream
+        )
+        return plan
+
+    def _find_surroundings(self, plan: m.Network, book_path: Path) -> Surroundings:
+        settings, handed, directory = self.settings, self._handed, self._run_directory
+        in_force = plan if self._data_plane.has_ipv6 else network.without_ipv6(plan)
+        if handed is not None:
+            return Surroundings(
+                network=in_force,
+                upstream=self._nameservers.upstream,
+                keys=handed.keys,
+                bus_dir=directory.bus_path,
+                book_path=book_path,
+                prompts_dir=directory.prompts_path,
+            )
+        proxies = settings.config.proxy.workers
+        chosen = identities.choose(configure.slots(proxies), settings.user)
+        self._identities = chosen.of
+        return Surroundings(
+            network=in_force,
             upstream=self._nameservers.upstream,
-            keys=configure.make_keys(config.proxy.workers),
-            bus_dir=run_directory.make_bus(chosen.bus_group),
-            book_path=user_state / "book.sqlite",
-            prompts_dir=run_directory.make_prompts(settings.user, change_owner=is_root),
+            keys=configure.make_keys(proxies),
+            bus_dir=directory.make_bus(chosen.bus_group),
+            book_path=book_path,
+            prompts_dir=directory.make_prompts(settings.user, change_owner=os.geteuid() == 0),
         )
-        self._make_workers(chosen)
-        self._control = ControlSocket(
-            run_directory.control_path, self._selector, self._commands.answer
-        )
-        closing.callback(self._control.close)
-        # Last in, first out: the workers end before what they borrow is closed.
-        closing.callback(self._stop_workers)
 
-    def _wants_ipv6(self) -> bool:
-        wish = self.settings.config.network.ipv6
-        if wish == "off":
-            return False
-        has_it = Path("/proc/net/if_inet6").exists() and not any(
-            _is_set(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6") for name in ("all", "default")
+    def _make_follower(self) -> ClusterFollower:
+        settings = self.settings
+        return ClusterFollower(
+            settings.state_dir / f"clusters-{settings.user.name}.json",
+            self._data_plane,
+            network=lambda: self.network,
+            upstream=lambda: [server.address for server in self._nameservers.upstream],
+            in_the_way=lambda block, *, is_routed: self._network_watch.in_the_way(
+                block, is_routed=is_routed
+            ),
+            use_ranges=self._use_ranges,
+            forget_names=lambda: self._broadcast(m.NamesChanged(), {"dns"}),
         )
-        if not has_it:
-            level = logging.WARNING if wish == "on" else logging.INFO
-            log.log(level, "this host has IPv6 switched off; VNet uses IPv4 only")
-        return has_it
 
-    def _make_workers(self, chosen: identities.Identities) -> None:
-        config = self.settings.config
-        limits = RestartLimits(
-            config.supervisor.restart_max, config.supervisor.restart_window_seconds
+    def _watch_network(self, closing: contextlib.ExitStack) -> None:
+        try:
+            self._network_watch = NetworkWatch(
+                self._data_plane,
+                network=lambda: self.network,
+                outsiders=self._outsiders,
+                user=self.settings.user.uid,
+                is_auto=self.settings.config.network.ipv4_cidr_range == "auto",
+            )
+        except OSError as error:
+            raise StartupError(f"this machine's network cannot be watched: {error}") from error
+        closing.callback(self._network_watch.close)
+        self._selector.register(
+            self._network_watch, selectors.EVENT_READ, lambda _events: self._network_watch.hear()
         )
-        for slot, identity in chosen.of.items():
+
+    def _outsiders(self) -> Sequence[Outsider]:
+        """Who is reached through the host's network and never through VNet."""
+        proxies = [a for cluster in self._follower.known for a in cluster.proxy_addresses]
+        servers = [server.address for server in self._nameservers.upstream]
+        return [
+            *(("The nameserver", address) for address in servers),
+            *(("The Teleport proxy", address) for address in dict.fromkeys(proxies)),
+        ]
+
+    def _close_data_plane(self) -> None:
+        if self._ends_in_order:
+            # The service manager has copies, and closes them in its own time.
+            self._link_store.clear()
+            self._data_plane.remove()
+        else:
+            self._data_plane.close()
+
+    def _adopt(self, handed: Handover) -> None:
+        limits = _limits(self.settings.config)
+        self._identities = {
+            slot: Identity(kept.uid, kept.gid, kept.extra_group)
+            for slot, kept in handed.identities.items()
+        }
+        self._listeners.adopt(
+            {(kept.address, kept.port): kept.descriptor for kept in handed.listeners}
+        )
+        adopted = [
+            Worker.adopt(
+                kept,
+                self._identities[kept.slot],
+                limits,
+                reach_of(kept.slot, self.settings, self._around),
+                self._log_handler,
+            )
+            for kept in (*handed.workers, *handed.leavers)
+        ]
+        for worker in adopted[: len(handed.workers)]:
+            self.workers[worker.slot] = worker
+        self._crew.leavers += adopted[len(handed.workers) :]
+        self.past_counters = handed.past_counters
+        self.started_at, self.were_ready = handed.started_at, handed.were_ready
+        reports = {
+            slot: ClusterView(kept.clusters, kept.problem) for slot, kept in handed.reports.items()
+        }
+        self._follower.adopt(reports, handed.known_clusters)
+
+    def _hand_over(self, *, lets_go: bool) -> Handover:
+        """Everything that survives; `lets_go` ends the threads that read the logs of workers."""
+        link = self._data_plane.keep()
+        workers = [worker.keep(lets_go=lets_go) for worker in self.workers.values()]
+        leavers = [worker.keep(lets_go=lets_go) for worker in self._crew.leavers]
+        last, lines = self.log_book.keep()
+        return Handover(
+            pid=os.getpid(),
+            version=version(),
+            config=msgspec.to_builtins(self.settings.config),
+            network=msgspec.structs.replace(link.network, ranges=self.network.ranges),
+            keys=self._around.keys,
+            identities={
+                slot: KeptIdentity(uid=who.uid, gid=who.gid, extra_group=who.extra_group)
+                for slot, who in self._identities.items()
+            },
+            lock=self._run_directory.lock,
+            control=self._control.fileno(),
+            devices=KeptDevices(
+                outer=link.outer, inner=link.inner, namespace=link.namespace, dns=list(link.dns)
+            ),
+            listeners=[
+                KeptListener(address=address, port=port, descriptor=descriptor)
+                for (address, port), descriptor in self._listeners.keep().items()
+            ],
+            workers=workers,
+            leavers=leavers,
+            reports={
+                slot: KeptReport(clusters=view.clusters, problem=view.problem)
+                for slot, view in self._follower.reports.items()
+            },
+            known_clusters=self._follower.known,
+            past_counters=self.past_counters,
+            started_at=self.started_at,
+            were_ready=self.were_ready,
+            log_level=self._log_level,
+            log=KeptLog(name=self.log_book.name, last=last, lines=lines),
+        )
+
+    def _execute(self) -> None:
+        """Has the installed version take over; returns only if it cannot be executed."""
+        if not self._os_settings.hold():
+            # In a moment: a change of the system's resolver must not be cut in two.
+            return
+        try:
+            self._become()
+        finally:
+            self._os_settings.release()
+
+    def _become(self) -> None:
+        self._upgrade.begin()
+        with upgrade.signals_blocked():
+            # What has come until now; the rest waits for the new program.
+            with contextlib.suppress(BlockingIOError):
+                self._take_signals(self._signals)
+            if self._stop_is_ordered:
+                return
+            state = self._hand_over(lets_go=True)
+            try:
+                upgrade.become(upgrade.command(), state, self._notifier.environment)
+            except UpgradeError as error:
+                log.error("VNet goes on as it is: %s", error)
+                everyone = [*self.workers.values(), *self._crew.leavers]
+                for worker, kept in zip(everyone, (*state.workers, *state.leavers), strict=True):
+                    worker.hear_again(kept, self._log_handler)
+
+    def _make_workers(self) -> None:
+        limits = _limits(self.settings.config)
+        for slot, identity in self._identities.items():
             reach = reach_of(slot, self.settings, self._around)
             self.workers[slot] = Worker(slot, identity, limits, reach)
+
+    def _make_successor(self, worker: Worker) -> Worker:
+        reach = reach_of(worker.slot, self.settings, self._around)
+        return worker.successor(self._identities[worker.slot], reach)
 
     def _watch_signals(self, closing: contextlib.ExitStack) -> None:
         reader, writer = socket.socketpair()
@@ -209,11 +525,14 @@ class Supervisor:
             closing.callback(end.close)
         previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         closing.callback(signal.set_wakeup_fd, previous)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        for number in upgrade.SIGNALS:
             closing.callback(signal.signal, number, signal.signal(number, _do_nothing))
+        self._signals = reader
         self._selector.register(
             reader, selectors.EVENT_READ, lambda _events: self._take_signals(reader)
         )
+        # An earlier program of this process has blocked them.
+        upgrade.unblock_signals()
 
     def _take_signals(self, reader: socket.socket) -> None:
         for number in reader.recv(4096):
@@ -224,12 +543,26 @@ class Supervisor:
 
     def _start(self, worker: Worker) -> None:
         worker.start(time.monotonic(), self._log_handler)
-        message = configure.configuration(worker.slot, self.settings, self._around, self._log_level)
+        worker.waits_for_take_over = self._crew.waits(worker)
+        message = configure.configuration(
+            worker.slot,
+            self.settings,
+            self._around,
+            self._log_level,
+            is_standby=worker.waits_for_take_over,
+        )
         descriptors = {
             "tun": self._data_plane.tun_descriptors,
             "dns": self._data_plane.dns_descriptors,
         }
         worker.send(message, descriptors.get(worker.slot, []))
+
+    def _take_over(self, worker: Worker) -> None:
+        for address, port, descriptor in self._listeners.of(worker.slot):
+            worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
+        if worker.waits_for_take_over:
+            worker.waits_for_take_over = False
+            worker.send(m.TakeOver())
 
     # -- one turn of the loop --
 
@@ -240,39 +573,61 @@ class Supervisor:
         now = time.monotonic()
         self._reap(now)
         self._start_due(now)
-        self._kill_silent(now)
+        self._watch(now)
+        self._note_readiness(now)
+        if not self._stop_is_ordered:
+            self._crew.tick(now)
+            self._probe(now)
         self._control.drop_silent(now)
+        tell_suppressed()
         if self._reload_is_ordered:
             self._reload_is_ordered = False
             self._service.reloading()
             log.info("%s", self._commands.reload())
         if self._nameservers.has_changed(now):
             self._use_nameservers()
+        self._os_settings.want(self._resolver_wish())
         if not self._stop_is_ordered:
-            are_well = not any(w.is_unkillable(now) for w in self.workers.values())
+            self._follow_host(now)
+            are_well = not any(worker.is_unkillable(now) for worker in self._crew)
             self._service.tick(now, are_well=are_well)
+            is_quiet = self._crew.is_quiet and self._follower.is_quiet
+            if self._upgrade.is_due(now, is_quiet=is_quiet):
+                self._execute()
+
+    def _probe(self, now: float) -> None:
+        ready = {
+            slot: Ready(worker.started_at, worker.counters)
+            for slot, worker in self.workers.items()
+            if worker.state is WorkerState.READY
+            and not (worker.waits_for_take_over or worker.is_being_ended)
+        }
+        for suspect in self._prober.tick(now, ready):
+            self.workers[suspect.slot].end_hung(now, suspect.why)
 
     def _timeout(self, longest: float) -> float:
         now = time.monotonic()
         longest = min(longest, self._service.longest_sleep or longest)
-        due = [w.restart_at - now for w in self.workers.values() if w.restart_at is not None]
-        return max(0.0, min([longest, *due]))
+        steps = [at for worker in self._crew for at in (worker.restart_at, worker.next_step_at)]
+        if not self._stop_is_ordered:
+            steps.append(self._network_watch.next_look_at)
+        return max(0.0, min([longest, *(at - now for at in steps if at is not None)]))
 
     def _register_channels(self) -> None:
         """Brings the selector in line with which workers live and which wait to be written to."""
-        for slot, worker in self.workers.items():
+        for worker in self._crew:
             if not worker.is_talking:
-                if self._registered.pop(slot, None) is not None:
+                if self._registered.pop(worker, None) is not None:
                     self._selector.unregister(worker)
                 continue
             wanted = selectors.EVENT_READ
             if worker.wants_to_write:
                 wanted |= selectors.EVENT_WRITE
-            if slot not in self._registered:
+            if worker not in self._registered:
                 self._selector.register(worker, wanted, self._channel_handler(worker))
-            elif wanted != self._registered[slot]:
+            elif wanted != self._registered[worker]:
                 self._selector.modify(worker, wanted, self._channel_handler(worker))
-            self._registered[slot] = wanted
+            self._registered[worker] = wanted
 
     def _channel_handler(self, worker: Worker) -> Callable[[int], None]:
         return lambda events: self._talk(worker, events)
@@ -283,26 +638,26 @@ class Supervisor:
         if events & selectors.EVENT_WRITE:
             worker.flush()
         for message in worker.receive(time.monotonic()):
-            self._take(worker, message)
+            self._conversation.take(worker, message)
 
     def _reap(self, now: float) -> None:
-        for slot, worker in self.workers.items():
-            if not worker.has_ended():
-                continue
+        for worker in [worker for worker in self._crew if worker.has_ended()]:
             # What it said before it ended still counts.
             self._talk(worker, selectors.EVENT_READ)
-            if self._registered.pop(slot, None) is not None:
+            if self._registered.pop(worker, None) is not None:
                 self._selector.unregister(worker)
             worker.reap(now)
-            self._remember(worker.counters)
+            self._remember(worker)
             worker.counters = {}
-            self.reports.pop(slot, None)
-            self._assemblies.pop(slot, None)
+            if self._crew.is_active(worker):
+                self._follower.forget(worker.slot)
+            self._crew.ended(worker, now)
 
-    def _remember(self, counters: dict[str, int]) -> None:
-        for name, value in counters.items():
-            if not name.endswith("_now"):
-                self.past_counters[name] = self.past_counters.get(name, 0) + value
+    def _remember(self, worker: Worker) -> None:
+        # Of the others nothing is shown, and what a worker calls its counters is its own affair.
+        for name in TOTALS if role_of(worker.slot) is Role.PROXY else ():
+            past = self.past_counters.get(name, 0)
+            self.past_counters[name] = past + worker.counters.get(name, 0)
 
     def _start_due(self, now: float) -> None:
         if self._stop_is_ordered:
@@ -312,175 +667,100 @@ class Supervisor:
             if is_due or (worker.comes_back and worker.state is WorkerState.STOPPED):
                 self._start(worker)
 
-    def _kill_silent(self, now: float) -> None:
+    def _note_readiness(self, now: float) -> None:
+        if not self.were_ready and all(
+            worker.state is WorkerState.READY for worker in self.workers.values()
+        ):
+            self.were_ready = True
+            log.info("VNet is ready after %.2f s", now - self.started_at)
+
+    def _watch(self, now: float) -> None:
         hang_seconds = self.settings.config.supervisor.hang_seconds
-        for worker in self.workers.values():
-            if worker.state is WorkerState.READY and now - worker.last_heartbeat > hang_seconds:
-                worker.last_heartbeat = now
-                worker.kill(f"no heartbeat for {hang_seconds:g} s")
-            elif worker.state is WorkerState.STARTING and now - worker.started_at > START_SECONDS:
-                worker.kill(f"not ready after {START_SECONDS:g} s")
-            elif worker.kill_at is not None and now > worker.kill_at:
-                worker.kill_at = None
-                worker.kill("it did not end in time")
+        for worker in self._crew:
+            worker.watch(now, hang_seconds)
 
     def _use_nameservers(self) -> None:
         self._around = dataclasses.replace(self._around, upstream=self._nameservers.upstream)
         self._broadcast(m.UpstreamChanged(upstream=self._around.upstream), {"dns"})
-        self._follow_clusters()  # a range may cover the new ones
+        self._follower.follow()  # a range may cover the new ones
 
-    # -- what workers say --
-
-    def _take(self, worker: Worker, message: m.AnyMessage) -> None:
-        now = time.monotonic()
-        match message:
-            case m.Confined():
-                worker.was_confined(message)
-            case m.NeedsRestart():
-                # Once: a repeated wish must not put off the end of the process.
-                if worker.state in (WorkerState.STARTING, WorkerState.READY):
-                    log.info("%s is restarted: %s", worker.slot, message.reason)
-                    worker.comes_back = True
-                    worker.order_stop(now, GRACE_SECONDS)
-            case m.Ready():
-                self._became_ready(worker, now)
-            case m.Heartbeat():
-                worker.heard(now, message.counters)
-            case m.OpenListener():
-                self._open_listener(worker, message.address, message.port)
-            case m.CloseListener():
-                self._listeners.close(worker.slot, message.address, message.port)
-            case m.ClustersReported():
-                self._hear_of_clusters(worker, message)
-            case m.PeerMisbehaved():
-                self._replace_accused(worker, message)
-            case _:
-                worker.kill(f"it sent {type(message).__name__}")
-
-    def _became_ready(self, worker: Worker, now: float) -> None:
-        if worker.state not in (WorkerState.STARTING, WorkerState.DRAINING):
-            worker.kill("it became ready twice")
+    def _follow_host(self, now: float) -> None:
+        change = self._network_watch.tick(now)
+        if change is None:
             return
-        worker.became_ready(now)
-        log.info("%s is ready after %.2f s", worker.slot, now - worker.started_at)
-        for address, port, descriptor in self._listeners.of(worker.slot):
-            worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
-        all_ready = all(w.state is WorkerState.READY for w in self.workers.values())
-        if all_ready and not self.were_ready:
-            self.were_ready = True
-            log.info("VNet is ready after %.2f s", now - self.started_at)
-
-    def _replace_accused(self, reporter: Worker, message: m.PeerMisbehaved) -> None:
-        if message.slot not in self._around.keys[reporter.slot].peers:
-            reporter.kill(f"it accuses {message.slot}, with whom it does not talk")
-            return
-        accused = self.workers[message.slot]
-        if accused.state is WorkerState.STARTING:
-            # It has said nothing yet: its predecessor is meant, which is gone.
-            log.info("%s says of %s's predecessor: %s", reporter.slot, accused.slot, message.reason)
-        else:
-            accused.kill(f"{reporter.slot} says: {message.reason}")
-
-    def _open_listener(self, worker: Worker, address: bytes, port: int) -> None:
-        try:
-            descriptor = self._listeners.open(worker.slot, self.network, address, port)
-        except ListenerRefusedError as error:
-            self._warn_of_listener(worker.slot, port, str(error))
-            reason = str(error)[:500]
-            worker.send(m.ListenerRefused(address=address, port=port, reason=reason))
-        else:
-            worker.send(m.ListenerOpened(address=address, port=port), [descriptor])
-
-    def _warn_of_listener(self, slot: str, port: int, why: str) -> None:
-        # A worker that asks for nonsense by the thousand must not fill the log as well.
-        now = time.monotonic()
-        if now - self._warned_at.get(slot, -math.inf) >= WARN_SECONDS:
-            self._warned_at[slot] = now
-            log.warning("%s gets no listener on port %d: %s", slot, port, why)
-
-    def _hear_of_clusters(self, worker: Worker, message: m.ClustersReported) -> None:
-        assembly = self._assemblies.setdefault(worker.slot, Assembly())
-        try:
-            found = assembly.take(message)
-        except ReportOrderError as error:
-            worker.kill(str(error))
-            return
-        if found is None:
-            return
-        before, view = self.reports.get(worker.slot), ClusterView(found, message.problem)
-        if before == view:
-            return
-        self.reports[worker.slot] = view
-        self._follow_clusters()
-        # For each proxy: one that has not noticed yet may answer dns as before.
-        if clusters.names_of(before) != clusters.names_of(view):
+        self._use_ipv6(change)
+        self._follower.follow()
+        if change.has_moved:
+            # Answers of another network's nameservers, and of before a long sleep.
             self._broadcast(m.NamesChanged(), {"dns"})
 
-    def _follow_clusters(self) -> None:
-        report = self.cluster_report()
-        if report is None:
+    def _use_ipv6(self, change: HostChange) -> None:
+        if change.has_ipv6 == (self.network.ipv6_prefix is not None):
             return
-        upstream = [server.address for server in self._nameservers.upstream]
-        self._known_clusters = clusters.complete(report.clusters, self._known_clusters)
-        self._cluster_memory.write(self._known_clusters)
-        accepted = clusters.accept(
-            self._known_clusters, self.network, upstream, self._data_plane.host_addresses()
+        whole = self._data_plane.keep().network
+        ranges = self.network.ranges
+        chosen = whole if change.has_ipv6 else network.without_ipv6(whole)
+        log.info(
+            "%s is %s IPv6 now", self.network.interface, "with" if change.has_ipv6 else "without"
         )
-        self.zones = accepted.zones
-        if accepted.problems != self.range_problems:
-            self.range_problems = accepted.problems
-            for problem in accepted.problems:
-                log.warning("%s", problem)
-        if accepted.ranges != self.network.ranges:
-            self._use_ranges(accepted.ranges)
+        self._use_network(msgspec.structs.replace(chosen, ranges=ranges))
 
     def _use_ranges(self, ranges: list[str]) -> None:
-        failed = self._data_plane.set_ranges(ranges)
-        for text, error in failed.items():
-            # Tried again with the next report; until then its addresses would lead nowhere.
-            problem = (
-                f"The range {text} cannot be routed ({error.strerror}): another interface may have"
-                " it; change vnet_config, or stop the other program."
-            )
-            log.error("%s", problem)
-            self.range_problems = [*self.range_problems, problem]
-        ranges = [text for text in ranges if text not in failed]
-        if ranges == self.network.ranges:
-            return
-        changed = msgspec.structs.replace(self.network, ranges=ranges)
+        self._use_network(msgspec.structs.replace(self.network, ranges=ranges))
+
+    def _use_network(self, changed: m.Network) -> None:
         self._around = dataclasses.replace(self._around, network=changed)
-        log.info("virtual ranges: %s", ", ".join(ranges))
+        # The link keeps its IPv6 addresses while they are of no use.
+        whole = self._data_plane.keep().network
+        self._link_store.keep_plan(msgspec.structs.replace(whole, ranges=changed.ranges))
         self._broadcast(m.NetworkChanged(network=changed), set(self.workers))
 
+    def _resolver_wish(self) -> ResolverWish:
+        # Without dns nobody answers: the system is better off without VNet then.
+        is_served = self.workers["dns"].state is not WorkerState.FAILED
+        return ResolverWish(
+            self.network.interface,
+            _index_of(self.network.interface),
+            tuple(self.zones) if is_served else (),
+            tuple(network.dns_addresses(self.network)),
+        )
+
     def _broadcast(self, message: m.Message, slots: set[str]) -> None:
-        for slot in slots:
-            worker = self.workers[slot]
-            if worker.state in (WorkerState.STARTING, WorkerState.READY):
+        for worker in self._crew:
+            if worker.slot in slots and worker.is_alive:
                 worker.send(message)
 
     # -- the end --
 
     def _stop_workers(self) -> None:
-        """Ends dns, then the proxies, then tun: nobody is asked for what is gone already."""
+        """Ends all workers; after a fault of the loop none stays behind either."""
         self._stop_is_ordered = True
-        for group in self._stop_order():
+        try:
+            self._stop_in_order()
+        finally:
+            left = [worker for worker in self._crew if worker.pid is not None]
+            put_down(left, "VNet ends after an internal error")
+
+    def _stop_in_order(self) -> None:
+        """Ends dns, then the proxies, then tun: nobody is asked for what is gone already."""
+        for role in (Role.DNS, Role.PROXY, Role.TUN):
+            group = [worker for worker in self._crew if role_of(worker.slot) is role]
             for worker in group:
-                worker.order_stop(time.monotonic(), GRACE_SECONDS)
+                worker.order_stop(time.monotonic())
             while any(worker.is_alive for worker in group):
                 self._turn(0.1)
 
-    def _stop_order(self) -> Iterator[list[Worker]]:
-        yield [self.workers["dns"]]
-        yield [worker for slot, worker in self.workers.items() if slot.startswith("proxy-")]
-        yield [self.workers["tun"]]
+
+def _limits(config: Config) -> RestartLimits:
+    return RestartLimits(config.supervisor.restart_max, config.supervisor.restart_window_seconds)
+
+
+def _index_of(interface: str) -> int:
+    try:
+        return socket.if_nametoindex(interface)
+    except OSError:
+        return 0
 
 
 def _do_nothing(_number: int, _frame: object) -> None:
     """The wake-up descriptor tells the loop."""
-
-
-def _is_set(path: str) -> bool:
-    try:
-        return Path(path).read_text().strip() == "1"
-    except OSError:
-        return False

@@ -108,11 +108,11 @@ def test_embedded_cluster_shares_only_the_protobuf_messages_with_our_client():
     ("library", "users"),
     [
         ("zmq", {"ipc.bus"}),
-        ("pytun", {"supervisor.devices", "supervisor.dataplane"}),
+        ("pytun", {"supervisor.devices"}),
         ("multiprocessing_logging", {"ipc.logpipe"}),
         ("pickle", set()),
         ("fido2", {"supervisor.cli.security_key", "demo.cluster.webauthn"}),
-        ("jeepney", {"workers.proxy.notification"}),
+        ("jeepney", {"workers.proxy.notification", "supervisor.osconfig.dbus"}),
     ],
 )
 def test_library_is_touched_in_one_place(library, users):

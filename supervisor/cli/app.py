@@ -14,7 +14,7 @@ import typer
 
 from supervisor import control_messages as cm
 from supervisor import settings
-from supervisor.cli import status_view
+from supervisor.cli import service_commands, status_view
 from supervisor.cli.control_client import AskError, ask_status, order
 from supervisor.exits import ExitStatus
 from supervisor.status import EXIT_OF_HEALTH, Health
@@ -29,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(service_commands.app, name="service")
 
 RunDir = Annotated[
     Path | None,
@@ -139,21 +141,91 @@ def reload(run_dir: RunDir = None) -> None:
 @app.command()
 def restart(
     worker: Annotated[str, typer.Argument(help="Name of a worker, or all.")],
+    drain: Annotated[
+        bool, typer.Option("--drain", help="Cut nothing: the old one finishes what is open.")
+    ] = False,
     run_dir: RunDir = None,
 ) -> None:
-    """Restart a worker. Example: vnet restart proxy-0."""
-    _order(run_dir, cm.Restart(worker=worker))
+    """Restart a worker. Example: vnet restart proxy-0 --drain."""
+    if not drain:
+        _order(run_dir, cm.Restart(worker=worker))
+        return
+    from supervisor.cli.replacement import replace  # noqa: PLC0415  # only this command needs it
+
+    try:
+        status = replace(settings.run_dir(run_dir, os.environ), worker, _print)
+    except AskError as error:
+        fail(error.status, str(error))
+    raise SystemExit(int(status))
+
+
+@app.command()
+def repair(
+    state_dir: Annotated[
+        Path, typer.Option("--state-dir", metavar="DIR", help="Of the VNet that died.")
+    ] = settings.DEFAULT_STATE_DIR,
+) -> None:
+    """Undo what a VNet that died has left in the system's settings. VNet does so itself when it starts.
+
+    Exit status 1 if something was left, since another program has changed it.
+
+    Example: sudo vnet repair
+    """
+    from supervisor.cli import repair as work  # noqa: PLC0415  # only this command needs it
+
+    try:
+        status = work.repair(state_dir)
+    except work.RepairError as error:
+        fail(error.status, str(error))
+    raise SystemExit(int(status))
 
 
 @app.command("log-level")
 def log_level(
     level: Annotated[str, typer.Argument(help="debug, info, warning or error.")],
+    next_start: Annotated[
+        bool, typer.Option("--next-start", help="Only for the next start, and not before.")
+    ] = False,
     run_dir: RunDir = None,
 ) -> None:
     """Change the log level while VNet runs. Example: vnet log-level debug."""
-    if level not in list(cm.Level):
-        fail(ExitStatus.USAGE, f"{level!r} is no level: use debug, info, warning or error")
-    _order(run_dir, cm.LogLevel(level=cm.Level(level)))
+    _order(run_dir, cm.LogLevel(level=_level(level), next_start=next_start))
+
+
+def _level(name: str) -> cm.Level:
+    if name not in list(cm.Level):
+        fail(ExitStatus.USAGE, f"{name!r} is no level: use debug, info, warning or error")
+    return cm.Level(name)
+
+
+@app.command()
+def logs(
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with the lines that come, until Ctrl-C.")
+    ] = False,
+    worker: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only of this worker, or supervisor.")
+    ] = None,
+    level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="Only of this level or above.")
+    ] = "debug",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each line.")
+    ] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Show the last lines of the log, which a running VNet keeps in memory.
+
+    Example: vnet logs --follow --worker proxy-0
+    """
+    from supervisor.cli.logs import show  # noqa: PLC0415  # only this command needs it
+
+    where = settings.run_dir(run_dir, os.environ)
+    try:
+        status = show(where, follow=follow, worker=worker, level=_level(level), as_json=as_json)
+    except AskError as error:
+        fail(error.status, str(error))
+    raise SystemExit(int(status))
 
 
 def _order(run_dir: Path | None, request: cm.AnyRequest) -> None:

@@ -23,18 +23,18 @@ class AskError(Exception):
         self.status = status
 
 
-def ask(run_dir: Path, request: Request) -> bytes:
-    """The answer to one request, one JSON object.
+def ask(run_dir: Path, request: Request, seconds: float = TIMEOUT_SECONDS) -> bytes:
+    """The answer to one request, one JSON object, within `seconds`.
 
     Raises:
         AskError: VNet does not run, does not answer, or may not be asked.
     """
     path = run_dir / "control.sock"
     data = b""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + seconds
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
-            end.settimeout(TIMEOUT_SECONDS)
+            end.settimeout(seconds)
             end.connect(str(path))
             end.sendall(encode(request) + b"\n")
             while not data.endswith(b"\n"):
@@ -52,7 +52,7 @@ def ask(run_dir: Path, request: Request) -> bytes:
         ) from error
     except TimeoutError as error:
         raise AskError(
-            ExitStatus.INTERNAL, f"VNet did not answer within {TIMEOUT_SECONDS:g} s: see its log"
+            ExitStatus.INTERNAL, f"VNet did not answer within {seconds:g} s: see its log"
         ) from error
     except PermissionError as error:
         raise AskError(
@@ -72,9 +72,9 @@ def ask_status(run_dir: Path, request: Request) -> tuple[Status, bytes]:
         raise AskError(ExitStatus.INTERNAL, f"VNet's answer is not understood: {error}") from error
 
 
-def order(run_dir: Path, request: Request) -> Answer:
+def order(run_dir: Path, request: Request, seconds: float = TIMEOUT_SECONDS) -> Answer:
     """Carries out a command. Raises AskError, also when VNet refuses."""
-    data = ask(run_dir, request)
+    data = ask(run_dir, request, seconds)
     try:
         answer = msgspec.json.decode(data, type=Answer)
     except msgspec.MsgspecError as error:

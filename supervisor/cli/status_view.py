@@ -9,7 +9,15 @@ _BYTES_PER_MEGABYTE = 1_000_000
 
 
 def lines(status: Status) -> Iterator[str]:
-    """The status as lines; what is not known to the asker is left out."""
+    """The status as lines; what is not known to the asker is left out.
+
+    Workers and clusters have words in it: what moves a terminal's cursor is shown as a blank.
+    """
+    for line in _lines(status):
+        yield "".join(c if c.isprintable() else " " for c in line)
+
+
+def _lines(status: Status) -> Iterator[str]:
     yield f"VNet is {status.health}"
     for reason in status.reasons:
         yield f"  {reason}"

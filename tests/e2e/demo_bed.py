@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from private_bed import Bed, children, descendants, inner_pid, live, wait_until
@@ -33,11 +33,17 @@ REPORT_AND_WAIT = (
 
 
 @contextlib.contextmanager
-def demo_bed(cluster: str = "", config: str = "") -> Iterator[Bed]:
+def demo_bed(
+    cluster: str = "",
+    config: str = "",
+    *,
+    program: Sequence[str] = (VNET,),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Bed]:
     """A running `vnet demo`; `cluster` and `config` are the texts of the two files."""
     with contextlib.ExitStack() as closing:
         directory = closing.enter_context(scratch_directory())
-        arguments = [VNET, "demo"]
+        arguments = [*program, "demo"]
         for option, text in (("cluster", cluster), ("config", config)):
             if text:
                 path = directory / f"{option}.toml"
@@ -50,6 +56,7 @@ def demo_bed(cluster: str = "", config: str = "") -> Iterator[Bed]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                env=os.environ | dict(env or {}),
             )
         )
         try:

@@ -513,7 +513,8 @@ def test_other_ports_of_an_app_are_noticed_with_the_next_login(bed, set_apps):
     refused_because(bed, name, 9000, "only 8000")
     set_apps(an_app(name, uri, ports="{ port = 9000 }"))
     log_in_again(bed)
-    assert told_port(bed, name, 9000) == 9000
+    # The proxies notice a login one after the other.
+    wait_until(lambda: says(bed, name, 9000, 9000), "the new port is known", AT_ONCE_SECONDS)
     refused_because(bed, name, 8000, "only 9000")
 
 

@@ -294,6 +294,8 @@ def test_a_clock_that_is_off_by_minutes_does_not_matter(bed, seconds):
                 assert rcode(bed, unknown_name()) == NXDOMAIN
             assert bed.health() == "healthy"
     new_login(bed)
+    # The proxies notice a login one after the other.
+    wait_until(lambda: rcode(bed, unknown_name()) == NXDOMAIN, "names are known again")
     used_app(bed)
 
 

@@ -73,10 +73,10 @@ def test_a_taken_interface_name_is_a_conflict(running):
     assert "network.interface" in line
 
 
-def test_a_taken_address_is_a_conflict(running):
+def test_a_taken_range_is_a_conflict(running):
     status, [line] = start_in_vain(running, UPSTREAM + '[network]\ninterface = "vnet9"\n')
     assert status == 6
-    assert "100.64.0.1" in line
+    assert "vnet0 has the route 100.64.0.0/10" in line
     assert "network.ipv4_cidr_range" in line
 
 

@@ -4,6 +4,7 @@ The worker comes about as every worker does (`supervisor.spawn`); what it finds 
 memory that it shares with the test, because it can write no file.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -135,7 +136,8 @@ def run_confined(
     report = None
     deadline = time.monotonic() + SECONDS
     try:
-        spawned.channel.send(config or configuration(common(slot)))
+        with contextlib.suppress(PeerGoneError):  # one that cannot be confined ends at once
+            spawned.channel.send(config or configuration(common(slot)))
         while time.monotonic() < deadline:
             meanwhile(spawned.pid)
             select.select([spawned.channel], [], [], 0.02)
@@ -151,4 +153,5 @@ def run_confined(
         _, status = os.waitpid(spawned.pid, 0)
         spawned.channel.close()
         spawned.log_receiver.thread.join(SECONDS)
+        spawned.error_receiver.thread.join(SECONDS)
     return Ended(report, outcomes(), os.waitstatus_to_exitcode(status), "\n".join(handler.lines))

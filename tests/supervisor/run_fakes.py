@@ -7,6 +7,8 @@ from ipc import messages as m
 from supervisor import network
 from supervisor.clusters import ClusterView
 from supervisor.config import Config, NetworkConfig
+from supervisor.control import Promise
+from supervisor.log_book import LogBook
 from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits
 from supervisor.settings import Settings, User
@@ -54,14 +56,20 @@ class FakeRun:
     workers: dict[str, Worker] = field(
         default_factory=lambda: make_workers("tun", "proxy-0", "proxy-1", "dns")
     )
+    others: list[Worker] = field(default_factory=list)
     network: m.Network = NETWORK
     zones: list[str] = field(default_factory=lambda: ["teleport.demo.test", "demo.test"])
     range_problems: list[str] = field(default_factory=list)
+    probe_problems: list[str] = field(default_factory=list)
+    network_problems: list[str] = field(default_factory=list)
+    os_integration: str = "none"
+    os_problems: list[str] = field(default_factory=list)
     were_ready: bool = True
     started_at: float = 0.0
     past_counters: dict[str, int] = field(default_factory=dict)
     report: ClusterView | None = field(default_factory=lambda: ClusterView([CLUSTER], ""))
     orders: list[object] = field(default_factory=list)
+    log_book: LogBook = field(default_factory=LogBook)
 
     def cluster_report(self) -> ClusterView | None:
         return self.report
@@ -72,8 +80,15 @@ class FakeRun:
     def restart(self, worker: Worker) -> None:
         self.orders.append(("restart", worker.slot))
 
-    def use_upstream(self, configured: object) -> None:
-        self.orders.append(("upstream", configured))
+    def replace(self, slots: object) -> None:
+        self.orders.append(("replace", slots))
+
+    def order_upgrade(self) -> Promise:
+        self.orders.append("upgrade")
+        return Promise(1.0)
+
+    def use_config(self, plan: object, teleport_home: object) -> None:
+        self.orders.append(("config", plan))
 
     def use_log_level(self, message: m.SetLogLevel) -> None:
         self.orders.append(("level", message.level))

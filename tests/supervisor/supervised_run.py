@@ -1,8 +1,10 @@
 """A supervisor in a process of its own, with pretended workers and without a data plane."""
 
 import contextlib
+import math
 import os
 import signal
+import socket
 import time
 import traceback
 import warnings
@@ -10,12 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pretend_worker
-from run_fakes import settings
+from run_fakes import NETWORK, settings
 
 from supervisor import control_messages as cm
-from supervisor import logs, spawn, supervisor
+from supervisor import host_network, link_making, logs, spawn, supervisor
 from supervisor.cli.control_client import AskError, ask_status, order
 from supervisor.config import parse
+from supervisor.dataplane import KeptLink
+from supervisor.osconfig.route_conflicts import HostRoutes
 from supervisor.settings import User
 from supervisor.status import Status, WorkerStatus
 from supervisor.supervisor import Supervisor
@@ -46,11 +50,61 @@ class NoDataPlane:
         """All the same."""
         return {}
 
-    def host_addresses(self) -> list[bytes]:
-        return []
+    has_ipv6 = True
+
+    def keep(self) -> KeptLink:
+        """Good enough to be named."""
+        return KeptLink(NETWORK, self._null, self._null, self._null, ())
+
+    def open_listener(self, _address: bytes, _port: int) -> socket.socket:
+        return socket.socket()
 
     def close(self) -> None:
         os.close(self._null)
+
+    remove = close
+
+
+class NoProber:
+    """Sends nothing, there being no interface."""
+
+    problems = ()
+
+    def __init__(self, _network: object, _outer: int, **_times: float) -> None:
+        pass
+
+    def use_times(self, **_times: float) -> None:
+        """All the same."""
+
+    def tick(self, _now: float, _ready: object) -> list[object]:
+        """Nobody is suspected."""
+        return []
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class NoNetworkWatch:
+    """Looks at nothing: the machine's network is not the test's affair."""
+
+    problems = ()
+    next_look_at = math.inf
+
+    def __init__(self, _data_plane: object, **_options: object) -> None:
+        self._silence = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def fileno(self) -> int:
+        return self._silence.fileno()
+
+    def tick(self, _now: float) -> None:
+        """Nothing ever changes."""
+
+    def in_the_way(self, _block: object, *, is_routed: bool) -> str:
+        """Nothing is."""
+        return ""
+
+    def close(self) -> None:
+        self._silence.close()
 
 
 class SupervisedRun:
@@ -84,7 +138,10 @@ class SupervisedRun:
         log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 2)
         handler = logs.set_up("INFO", "text")
-        supervisor.NamespaceDataPlane = NoDataPlane  # type: ignore[misc,assignment]
+        link_making.NamespaceDataPlane = NoDataPlane  # type: ignore[misc,assignment]
+        supervisor.Prober = NoProber  # type: ignore[misc,assignment]
+        supervisor.NetworkWatch = NoNetworkWatch  # type: ignore[misc,assignment]
+        host_network.read_host = HostRoutes
         for role in spawn.WORKER_MODULES:
             spawn.WORKER_MODULES[role] = pretend_worker.__name__
         Supervisor(self.settings, handler).run()

@@ -39,6 +39,7 @@ restart_max = 5
 restart_window_seconds = 30
 heartbeat_seconds = 1
 hang_seconds = 5
+drain_seconds = 3600
 
 [security]
 allow_users = []

@@ -6,11 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from supervisor import control, control_messages
 from supervisor.cli.control_client import AskError, ask, order
-from supervisor.control import CLIENT_SECONDS, MAX_CLIENTS, ControlSocket
+from supervisor.control import CLIENT_SECONDS, MAX_CLIENTS, ControlSocket, Promise
 from supervisor.exits import ExitStatus
 
 DEADLINE_SECONDS = 10.0
@@ -23,10 +24,10 @@ class Bed:
         self.path = directory / "control.sock"
         self.selector = selectors.DefaultSelector()
         self.asked: list[tuple[int, bytes]] = []
-        self.reply = b'{"status":0,"text":"done"}\n'
+        self.reply: bytes | Promise = b'{"status":0,"text":"done"}\n'
         self.control = ControlSocket(self.path, self.selector, self._answer)
 
-    def _answer(self, uid: int, line: bytes) -> bytes:
+    def _answer(self, uid: int, line: bytes) -> bytes | Promise:
         self.asked.append((uid, line))
         return self.reply
 
@@ -51,6 +52,14 @@ class Bed:
     @property
     def clients(self) -> int:
         return len(self.selector.get_map()) - 1  # the listener
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"command":"\xff"}', b'{"command":"stop","x":' + b"[" * 4000, b"\xff", b"[]"]
+)
+def test_a_line_that_cannot_be_read_is_no_request(line):
+    with pytest.raises(msgspec.MsgspecError):
+        control_messages.decode(line)
 
 
 @pytest.fixture
@@ -168,6 +177,61 @@ def test_client_that_neither_asks_nor_reads_is_sent_away(bed):
         bed.control.drop_silent(now + CLIENT_SECONDS + 0.1)
         assert bed.clients == 0
         assert everything(silent) == b""
+
+
+def test_promised_answer_comes_when_it_is_given(bed):
+    bed.reply = promise = Promise(60.0)
+    with bed.connect() as waiting, bed.connect() as other:
+        waiting.sendall(b"a\n")
+        bed.settle()
+        bed.reply = b"at once\n"
+        other.sendall(b"b\n")
+        bed.settle()
+        assert everything(other) == b"at once\n"
+        # Longer than others may be silent.
+        bed.control.drop_silent(time.monotonic() + 2 * CLIENT_SECONDS)
+        assert bed.clients == 1
+        promise.give(b"late\n")
+        assert everything(waiting) == b"late\n"
+    bed.settle()
+    assert bed.clients == 0
+    promise.give(b"twice\n")
+
+
+def test_promise_has_an_end(bed):
+    bed.reply = promise = Promise(60.0)
+    with bed.connect() as waiting:
+        waiting.sendall(b"a\n")
+        bed.settle()
+        bed.control.drop_silent(time.monotonic() + 59)
+        assert bed.clients == 1
+        bed.control.drop_silent(time.monotonic() + 61)
+        assert everything(waiting) == b""
+    promise.give(b"late\n")
+
+
+def test_client_that_does_not_wait_for_the_promise_is_forgotten(bed):
+    bed.reply = promise = Promise(60.0)
+    with bed.connect() as waiting:
+        waiting.sendall(b"a\nmore\n")
+        bed.settle()
+    bed.settle()
+    assert bed.clients == 0
+    promise.give(b"late\n")
+    assert len(bed.asked) == 1
+
+
+def test_another_program_goes_on_listening(bed):
+    with bed.connect() as early:
+        early.sendall(b"a\n")
+        listener = socket.socket(fileno=socket.dup(bed.control.fileno()))
+        listener.setblocking(False)
+        bed.selector.unregister(bed.control._listener)
+        bed.control._listener.close()
+        bed.control = ControlSocket(bed.path, bed.selector, bed._answer, listener)
+        bed.settle()
+        assert everything(early) == bed.reply
+    assert bed.path.exists()
 
 
 def test_whoever_holds_connections_keeps_nobody_out(bed):

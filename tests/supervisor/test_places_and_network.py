@@ -1,5 +1,6 @@
 import fcntl
 import os
+import socket
 import tempfile
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_network
 from pathlib import Path
@@ -48,6 +49,19 @@ def test_lock_of_a_file_that_was_removed_meanwhile_does_not_count(tmp_path, monk
     with pytest.raises(ConflictError):
         RunDirectory(run)
     first.close()
+
+
+def test_another_program_goes_on_with_the_run_as_it_is(tmp_path):
+    first = RunDirectory(tmp_path / "run")
+    (first.make_bus(None) / "tun").touch()
+    (first.make_prompts(USER, change_owner=False) / "proxy-0.sock").touch()
+    second = RunDirectory.adopt(tmp_path / "run", first.lock)
+    assert (second.bus_path / "tun").exists()
+    assert (second.prompts_path / "proxy-0.sock").exists()
+    with pytest.raises(ConflictError):
+        RunDirectory(tmp_path / "run")
+    second.close()
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_dead_run_left_is_cleared(tmp_path):
@@ -260,7 +274,7 @@ def plane():
 
 @pytest.fixture
 def listeners(plane):
-    return Listeners(plane, proxies=2, limit=3)
+    return Listeners(plane, proxies=2, limit=6)
 
 
 def test_listener_is_opened_once_and_outlives_the_proxy(listeners, plane):
@@ -304,7 +318,7 @@ def test_other_addresses_get_no_listener(listeners, plane, address, port):
 def test_limit_and_the_kernels_refusal_are_told(listeners, plane):
     for port in (1, 2, 3):
         listeners.open("proxy-0", NETWORK, address_of(0), port)
-    with pytest.raises(ListenerRefusedError, match="3 listeners already"):
+    with pytest.raises(ListenerRefusedError, match="proxy-0 has 3 listeners already"):
         listeners.open("proxy-0", NETWORK, address_of(0), 4)
     listeners.close("proxy-0", address_of(0), 1)
     plane.error = OSError(24, "Too many open files")
@@ -312,6 +326,21 @@ def test_limit_and_the_kernels_refusal_are_told(listeners, plane):
         listeners.open("proxy-0", NETWORK, address_of(0), 4)
     listeners.close_all()
     assert not any(listener.is_open for listener in plane.opened)
+
+
+def test_listeners_go_on_in_another_program(listeners, plane):
+    address = address_of(0)
+    kept = socket.socket()
+    listeners.adopt({(address, 80): kept.detach()})
+    [(found, port, descriptor)] = listeners.of("proxy-0")
+    assert (found, port) == (address, 80)
+    assert listeners.keep() == {(address, 80): descriptor}
+    assert listeners.open("proxy-0", NETWORK, address, 80) == descriptor
+    assert not plane.opened
+    assert not os.get_inheritable(descriptor)
+    listeners.close("proxy-0", address, 80)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 # -- nameservers --

@@ -14,6 +14,7 @@ from supervisor.cli import status_view
 from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
 from supervisor.config import Config
+from supervisor.control import Promise
 from supervisor.exits import ExitStatus
 from supervisor.run import Run
 from supervisor.settings import version
@@ -177,12 +178,12 @@ def test_every_reason_is_a_sentence_and_health_never_contradicts_it():
         assert all(reason[0].isupper() for reason in reasons)
 
 
-def test_missing_os_integration_is_a_reason_with_the_way_out():
-    run = ready_run()
-    run.settings = msgspec_replace(run.settings, config=Config())
+def test_what_sets_up_the_resolver_is_named_and_its_problems_are_reasons():
+    run = ready_run(os_integration="resolved", os_problems=["Start systemd-resolved."])
     found = collected(run)
     assert found["health"] == "degraded"
-    assert "100.64.0.2 or fd60:67ec:4325::2" in found["reasons"][0]
+    assert found["reasons"] == ["Start systemd-resolved."]
+    assert found["network"]["os_integration"] == "resolved"
 
 
 def test_health_has_its_exit_status():
@@ -282,10 +283,17 @@ def test_what_is_no_request_is_answered_as_wrong_usage(run, line):
     assert run.orders == []
 
 
+def test_replacing_all_is_an_upgrade_that_is_answered_later(run):
+    line = cm.encode(cm.Restart(worker="all", drain=True))
+    assert isinstance(Commands(run).answer(0, line), Promise)
+    assert run.orders == ["upgrade"]
+
+
 def test_commands_reach_the_run(run):
     assert ask(run, cm.Stop())["status"] == 0
     assert ask(run, cm.Restart(worker="dns"))["text"] == "restarting dns"
     ask(run, cm.Restart(worker="all"))
+    assert ask(run, cm.Restart(worker="proxy-0", drain=True))["status"] == 0
     level = logging.getLogger().level
     ask(run, cm.LogLevel(level=cm.Level.WARNING))
     logging.getLogger().setLevel(level)
@@ -293,6 +301,7 @@ def test_commands_reach_the_run(run):
         "stop",
         ("restart", "dns"),
         *(("restart", slot) for slot in run.workers),
+        ("replace", ["proxy-0"]),
         ("level", "WARNING"),
     ]
 
@@ -308,8 +317,10 @@ def test_reload_takes_over_what_it_can_and_names_the_rest(run, tmp_path):
     path = tmp_path / "vnet.toml"
     run.settings = msgspec_replace(run.settings, config=Config(), config_path=path)
     path.write_text('dns.upstream = ["192.0.2.1"]')
-    assert ask(run, cm.Reload()) == {"status": 0, "text": "reloaded"}
-    assert run.orders == [("upstream", ["192.0.2.1"])]
+    text = "reloaded, in force now: dns.upstream"
+    assert ask(run, cm.Reload()) == {"status": 0, "text": text}
+    [(_, planned)] = run.orders
+    assert planned.config.dns.upstream == ["192.0.2.1"]
     path.write_text('user = "bob"\nnetwork.mtu = 1500\ndns.upstream = []')
     assert ask(run, cm.Reload())["text"].endswith("need a restart of VNet: user, network.mtu")
 

@@ -1,8 +1,11 @@
 """One worker slot without a process: only its channel is real."""
 
+import itertools
 import logging
 import os
+import pkgutil
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,7 @@ def slot(monkeypatch):
     """(slot, the worker's end of its channel); the process is this one, and is never killed."""
     ours, theirs = make_pair()
     channel = Channel(ours, Role.SUPERVISOR, Role.PROXY, takes_descriptors=False)
-    monkeypatch.setattr(worker, "spawn", lambda *_: Spawned(os.getpid(), channel, None))
+    monkeypatch.setattr(worker, "spawn", lambda *_: Spawned(os.getpid(), channel, None, None))
     monkeypatch.setattr(worker.os, "kill", lambda *_: None)
     made = make_workers("proxy-0")["proxy-0"]
     made.start(1.0, logging.NullHandler())
@@ -140,16 +143,31 @@ def test_fork_that_fails_counts_as_a_crash(monkeypatch, caplog):
     assert "dns cannot be started: [Errno 24] Too many open files" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["fork", "thread", "pipe"])
-def test_failed_spawn_leaves_nothing(monkeypatch, what):
-    def fail(*_, **__):
-        raise RuntimeError("can't start new thread") if what == "thread" else OSError(11, "EAGAIN")
+FAILURES = {
+    "fork": ("os.fork", OSError(11, "EAGAIN")),
+    "pipe": ("supervisor.spawn.make_pipe", OSError(24, "Too many open files")),
+    "thread": ("threading.Thread.start", RuntimeError("can't start new thread")),
+    "wake-up": ("os.pipe", OSError(24, "Too many open files")),
+}
 
-    name = {"fork": "os.fork", "thread": "WorkerLogReceiver", "pipe": "make_pipe"}[what]
-    monkeypatch.setattr(f"supervisor.spawn.{name}", fail)
-    import threading
+
+@pytest.mark.parametrize(
+    ("what", "which"),
+    [("fork", 1), ("pipe", 1), ("pipe", 2), ("thread", 1), ("thread", 2), ("wake-up", 4)],
+)
+def test_failed_spawn_leaves_nothing(monkeypatch, what, which):
+    name, error = FAILURES[what]
+    module, _, function = name.rpartition(".")
+    real = pkgutil.resolve_name(name)
+    calls = itertools.count(1)
+
+    def fail(*arguments, **options):
+        if next(calls) == which:
+            raise error
+        return real(*arguments, **options)
 
     before, threads = open_descriptors(), threading.active_count()
+    monkeypatch.setattr(f"{module}.{function}", fail)
     with pytest.raises(OSError):
         spawn.spawn("dns", Identity(0, 0, None), Reach(), logging.NullHandler())
     monkeypatch.undo()
@@ -158,6 +176,8 @@ def test_failed_spawn_leaves_nothing(monkeypatch, what):
             thread.join(10)
     assert open_descriptors() == before
     assert threading.active_count() == threads
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def in_child(action) -> int:

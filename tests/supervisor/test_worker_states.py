@@ -34,7 +34,12 @@ def test_pair_is_in_the_table_or_raises(state, event):
 
 def test_a_process_begins_with_spawning_and_ends_with_an_exit_only():
     begins = {WorkerEvent.SPAWNED}
-    ends = {WorkerEvent.CRASHED, WorkerEvent.CRASHED_TOO_OFTEN, WorkerEvent.EXITED}
+    ends = {
+        WorkerEvent.CRASHED,
+        WorkerEvent.CRASHED_TOO_OFTEN,
+        WorkerEvent.EXITED,
+        WorkerEvent.SUCCESSOR_ENDED,
+    }
     for (state, event), follows in TRANSITIONS.items():
         assert (state not in ALIVE and follows in ALIVE) == (event in begins)
         assert (state in ALIVE and follows not in ALIVE) == (event in ends)

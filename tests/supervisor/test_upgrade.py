@@ -48,6 +48,12 @@ def state(**changed: object) -> Handover:
     return Handover(**values | changed)  # type: ignore[arg-type]
 
 
+def state_with(descriptor: int) -> Handover:
+    """One whose descriptors are all this one, so that none of the test runner's is touched."""
+    devices = KeptDevices(outer=descriptor, inner=descriptor, namespace=descriptor, dns=[])
+    return state(lock=descriptor, control=descriptor, devices=devices)
+
+
 def python(text: str) -> list[str]:
     return [sys.executable, "-c", text]
 
@@ -177,11 +183,6 @@ def test_state_of_another_process_is_not_taken():
         upgrade.adopt(handover.seal(state(pid=1)))
 
 
-def test_descriptor_that_was_not_inherited_is_an_error():
-    with pytest.raises(HandoverError, match="descriptor 9999 was not handed over"):
-        upgrade.adopt(handover.seal(state(control=9999)))
-
-
 # -- execve --
 
 
@@ -202,6 +203,16 @@ def in_child(action: Callable[[], None]) -> bytes:
         said = pipe.read()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     return said
+
+
+def test_descriptor_that_was_not_inherited_is_an_error():
+    def adopt() -> None:
+        # In a child: the other numbers of the state are closed when programs are executed from now on.
+        with pytest.raises(HandoverError, match="descriptor 9999 was not handed over"):
+            upgrade.adopt(handover.seal(state(control=9999)))
+        os._exit(0)
+
+    in_child(adopt)
 
 
 REPORT = """
@@ -258,7 +269,7 @@ def test_program_that_cannot_be_executed_changes_nothing():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with left, right, upgrade.signals_blocked():
         with pytest.raises(UpgradeError, match=r"/nowhere/python.*cannot be executed"):
-            upgrade.become(["/nowhere/python"], state(control=left.fileno()), {})
+            upgrade.become(["/nowhere/python"], state_with(left.fileno()), {})
         assert not left.get_inheritable()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 

@@ -6,17 +6,19 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
-
-import pytun
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from typing import Any, Final
 
 from supervisor.exits import ConflictError, NotPermittedError, StartupError
+from supervisor.host_link import Device, LinkState
+
+if sys.platform == "linux":
+    import pytun
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
 
 TUN_PATH = Path("/dev/net/tun")
 # linux/rtnetlink.h
@@ -30,7 +32,8 @@ IFF_UP = 0x1
 # linux/if_tun.h, linux/if.h
 TUNGETIFF = 0x800454D2
 _IFREQ = struct.Struct("16sH22x")
-_KIND_FLAGS = pytun.IFF_TUN | pytun.IFF_TAP | pytun.IFF_NO_PI
+_IFF_TUN, _IFF_TAP, _IFF_NO_PI = 0x1, 0x2, 0x1000
+_KIND_FLAGS = _IFF_TUN | _IFF_TAP | _IFF_NO_PI
 
 
 class TunDevice:
@@ -58,7 +61,7 @@ class TunDevice:
             raise OSError(errno.EBADF, "the device is closed")
         answer = fcntl.ioctl(self._descriptor, TUNGETIFF, bytes(_IFREQ.size))
         name, flags = _IFREQ.unpack(answer)
-        if flags & _KIND_FLAGS != pytun.IFF_TUN | pytun.IFF_NO_PI:
+        if flags & _KIND_FLAGS != _IFF_TUN | _IFF_NO_PI:
             raise OSError(errno.EINVAL, "it is a TUN device of another kind")
         return bytes(name).rstrip(b"\0").decode(errors="replace")
 
@@ -80,7 +83,7 @@ def make_tun(name: str) -> TunDevice:
             f"the interface {name} exists already: stop what uses it, or set network.interface"
         )
     try:
-        device = pytun.TunTapDevice(name=name, flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
+        device = pytun.TunTapDevice(name=name, flags=_IFF_TUN | _IFF_NO_PI)
     except pytun.Error as error:
         raise _explain(name, error) from error
     try:
@@ -92,7 +95,7 @@ def make_tun(name: str) -> TunDevice:
     return TunDevice(descriptor)
 
 
-def _explain(name: str, error: pytun.Error) -> StartupError:
+def _explain(name: str, error: "pytun.Error") -> StartupError:
     number = error.args[0] if error.args else 0
     if number in (errno.EPERM, errno.EACCES):
         return NotPermittedError(
@@ -104,7 +107,7 @@ def _explain(name: str, error: pytun.Error) -> StartupError:
     return StartupError(f"the TUN device {name} cannot be made: {error}")
 
 
-def delete_interface(device: TunDevice) -> None:
+def delete_interface(device: Device) -> None:
     """Removes the interface of a device, whoever else has copies of the descriptor."""
     with contextlib.suppress(OSError):
         name = device.name()
@@ -121,6 +124,13 @@ def write_setting(path: str, value: str) -> None:
         Path("/proc/sys/net", path).write_text(value)
 
 
+def quiet_ipv6(interface: str) -> None:
+    """Keeps the kernel from talking on the device: no link-local address, no solicitations."""
+    write_setting(f"ipv6/conf/{interface}/addr_gen_mode", "1")
+    write_setting(f"ipv6/conf/{interface}/accept_ra", "0")
+    write_setting(f"ipv6/conf/{interface}/router_solicitations", "0")
+
+
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """pyroute2's own error, which is no OSError, as the OSError it stands for."""
@@ -128,15 +138,6 @@ def _translated() -> Iterator[None]:
         yield
     except NetlinkError as error:
         raise OSError(error.code, os.strerror(error.code)) from error
-
-
-@dataclass(frozen=True, slots=True)
-class LinkState:
-    """One interface: its addresses, and what is routed into it by the table `main`, as text."""
-
-    is_up: bool
-    addresses: frozenset[str]
-    routes: frozenset[str]
 
 
 class Links:
@@ -160,8 +161,8 @@ class Links:
         with _translated():
             self._netlink.link("set", index=index, state="up", **options)
 
-    def state_of(self, name: str) -> "LinkState":
-        """What the interface has."""
+    def state_of(self, name: str) -> LinkState:
+        """What the interface has; routes are those of the table `main`."""
         index = self._index(name)
         families = (socket.AF_INET, socket.AF_INET6)
         with _translated():
@@ -255,6 +256,32 @@ class Links:
 
     def _index(self, name: str) -> int:
         return socket.if_nametoindex(name)
+
+
+class LinuxHost:
+    """Linux as a `supervisor.host_link.Host`, in the network namespace of the caller."""
+
+    has_family_header: Final = False
+
+    def open_links(self) -> Links:
+        return Links()
+
+    def make_device(self, name: str) -> TunDevice:
+        return make_tun(name)
+
+    def adopt_device(self, descriptor: int) -> TunDevice:
+        return TunDevice(descriptor)
+
+    def delete_interface(self, device: Device) -> None:
+        delete_interface(device)
+
+    def quiet(self, interface: str) -> None:
+        quiet_ipv6(interface)
+
+    def restrict(self, end: socket.socket, interface: str) -> None:
+        # That keeps other machines out. What a program of this one sends to the interface's address the
+        # kernel takes for something that came through it.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
 
 
 def _text_of(message: Any, name: str) -> str:

@@ -2,6 +2,7 @@
 
     vnet-outer  vnet-inner  vnet-namespace  vnet-dns (each socket)  vnet-plan (sealed memory: Network)
 
+Where packets are rewritten there is neither vnet-inner nor vnet-namespace.
 Its successor is given all of it and goes on while the interface stays up. Without a service manager, or
 with one that stores nothing (FileDescriptorStoreMax=0), nothing ever comes back and each start makes
 everything anew.
@@ -14,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from ipc.messages import Network
+from ipc.messages import DataPlaneKind, Network
 from supervisor import devices, sealed
 from supervisor.dataplane import KeptLink
 from supervisor.devices import TunDevice
@@ -53,30 +54,31 @@ class LinkStore:
         """Whether something was kept that `take` has not looked at yet."""
         return bool(self._stored)
 
-    def take(self, plan: Network) -> KeptLink | None:
-        """The stored link if it is the one that `plan` asks for; otherwise it is taken down.
+    def take(self, plan: Network, wish: DataPlaneKind | None = None) -> KeptLink | None:
+        """The stored link if it is what `plan` asks for, of this kind; otherwise it is taken down.
 
-        Its ranges are those that were routed last.
+        Its ranges are those that were routed last. Without a wish either kind will do.
         """
         for name in self._stored.keys() - set(NAMES):
             log.warning("the service manager kept %r, which is not VNet's; it is dropped", name)
             self._drop(name)
         if not self._stored:
             return None
-        problem, ranges = self._judge(plan)
+        problem, ranges = self._judge(plan, wish)
         if problem:
             log.warning("the link that the service manager kept is made anew: %s", problem)
             self._take_down()
             return None
         self._is_holding = True
         self._close(PLAN)
-        [outer], [inner], [namespace] = (self._stored.pop(n) for n in (OUTER, INNER, NAMESPACE))
+        [outer] = self._stored.pop(OUTER)
+        [inner], [namespace] = (self._stored.pop(name, [None]) for name in (INNER, NAMESPACE))
         return KeptLink(
             network=msgspec.structs.replace(plan, ranges=ranges),
             outer=outer,
             inner=inner,
             namespace=namespace,
-            dns=tuple(self._stored.pop(DNS)),
+            dns=tuple(self._stored.pop(DNS, ())),
         )
 
     def keep(self, link: KeptLink) -> None:
@@ -85,12 +87,13 @@ class LinkStore:
             self.clear()
         self._is_holding = True
         for name, descriptors in (
-            (OUTER, (link.outer,)),
-            (INNER, (link.inner,)),
-            (NAMESPACE, (link.namespace,)),
+            (OUTER, [link.outer]),
+            (INNER, [] if link.inner is None else [link.inner]),
+            (NAMESPACE, [] if link.namespace is None else [link.namespace]),
             (DNS, link.dns),
         ):
-            self._notifier.store(name, descriptors)
+            if descriptors:
+                self._notifier.store(name, descriptors)
         self._store_plan(link.network)
 
     def keep_plan(self, network: Network) -> None:
@@ -117,10 +120,15 @@ class LinkStore:
         finally:
             os.close(descriptor)
 
-    def _judge(self, plan: Network) -> tuple[str, list[str]]:
+    def _judge(self, plan: Network, wish: DataPlaneKind | None) -> tuple[str, list[str]]:
         """Why the stored link does not fit, or "" and its ranges."""
-        if any(len(self._stored.get(name, ())) != 1 for name in (OUTER, INNER, NAMESPACE, PLAN)):
+        has_inner = INNER in self._stored or NAMESPACE in self._stored
+        needed = (OUTER, INNER, NAMESPACE, PLAN) if has_inner else (OUTER, PLAN)
+        if any(len(self._stored.get(name, ())) != 1 for name in needed):
             return "it is not complete", []
+        kind = DataPlaneKind.NAMESPACE if has_inner else DataPlaneKind.REWRITING
+        if wish not in (None, kind):
+            return f"it is made for packets that are treated otherwise ({kind})", []
         try:
             stored = _decoder.decode(sealed.unseal(self._stored[PLAN][0], _MAX_PLAN_BYTES))
         except (OSError, ValueError, msgspec.MsgspecError) as error:

@@ -20,9 +20,10 @@ from run_fakes import NETWORK
 from ipc import messages as m
 from supervisor import namespace, network
 from supervisor.config import NetworkConfig
-from supervisor.dataplane import INNER_NAME, KeptLink, NamespaceDataPlane, UnfitLinkError
+from supervisor.dataplane import KeptLink, UnfitLinkError
 from supervisor.devices import Links
 from supervisor.exits import ConflictError, NotPermittedError
+from supervisor.namespace_plane import INNER_NAME, NamespaceDataPlane
 
 pytestmark = pytest.mark.root
 

@@ -1,7 +1,7 @@
 """Carries the questions of the SYN gate to the proxies and its answers to the devices.
 
 The shell around `syn_gate`: it knows the bus, the devices, the clock and the counters, and decides
-nothing but which proxy to ask (by the destination's address) and when to ask again.
+nothing but which proxy to ask (`ipc.slots`) and when to ask again.
 
 A question that cannot be sent, because the proxy is not connected or its queue is full, is asked
 again every few hundredths of a second, for as long as a proxy's restart may take. A proxy that says
@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final, assert_never
 
-from ipc.addresses import as_text, owner_of_address
+from ipc.addresses import as_text
 from ipc.bus import Sender
 from ipc.connection_id import about
 from ipc.errors import BusyError, PeerGoneError
@@ -38,6 +38,7 @@ from ipc.messages import (
     Refusal,
 )
 from ipc.probe_ports import probed_proxy
+from ipc.slots import owner_of_connection
 from workers.tun.packet import Packet
 from workers.tun.syn_gate import (
     AskOwner,
@@ -258,10 +259,9 @@ class Doorkeeper:
         )
 
     def _owner(self, key: FlowKey) -> str:
-        index = probed_proxy(self._dns_ipv4, self._proxies, key.destination, key.destination_port)
-        if index is None:
-            index = owner_of_address(key.destination, self._proxies)
-        return f"proxy-{index}"
+        address, port = key.destination, key.destination_port
+        probed = probed_proxy(self._dns_ipv4, self._proxies, address, port)
+        return probed or owner_of_connection(address, port, self._proxies)
 
     def _is_probe(self, address: bytes, port: int) -> bool:
         return probed_proxy(self._dns_ipv4, self._proxies, address, port) is not None

@@ -4,6 +4,8 @@
                      destination  a virtual range, or VNet's own addresses
     inner -> outer   the same pair the other way round, and no connection attempts
 
+Where packets are rewritten there is one device, and the first rule holds for all that comes from it.
+
 A connection attempt must not slip past the SYN gate inside fragments (RFC 1858, RFC 3128). With an
 MTU of 65535 no TCP segment is ever fragmented by an honest sender, so fragments that are TCP, or
 could be after reassembly, are dropped; only those of UDP and ICMP pass. IPv4 reassembly matches on
@@ -38,6 +40,8 @@ class Drop(StrEnum):
     FRAGMENTED_TCP = "fragmented_tcp"  # or could be TCP once reassembled
     OVERSIZED_SYN = "oversized_syn"
     INNER_SYN = "inner_syn"  # nothing in the inner namespace connects out
+    NOT_REDIRECTED = "not_redirected"  # admitted, but nobody listens any more (rewriting only)
+    UNSERVED = "unserved"  # what this host would not answer, or not now (rewriting only)
 
 
 class Perimeter:

@@ -1,7 +1,9 @@
-"""Moves packets between the two TUN devices, unchanged. The only module here that touches them.
+"""Moves packets between TUN devices. With `framing` the only module here that touches them.
 
     outer device --read--> [fast path | inspect] --write--> inner device
     inner device --read--> [fast path | inspect] --write--> outer device
+
+or, where packets are rewritten, from the outer device back to itself.
 
 One wake of the event loop moves at most `batch` packets of one direction, so that the other
 direction and the bus get their turn. Nothing is queued here: a packet the other device does not
@@ -16,9 +18,11 @@ copies in the kernel; one thread per direction moved no more than this loop, for
 import asyncio
 import errno
 import logging
-import os
 from collections.abc import Callable
 from typing import Final
+
+from workers.tun import framing
+from workers.tun.framing import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +40,35 @@ _DEVICE_FULL: Final = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Device:
-    """One end of the pump: a TUN descriptor, non-blocking, without packet information header.
+    """One end of the pump: a TUN descriptor, non-blocking.
 
+    `read` and `put` move one packet; see `workers.tun.framing`.
     Counts in `counters` what it took (`packets_to_<name>`, `bytes_to_<name>`) and did not take
     (`dropped_device_full`, `dropped_device_down`, `dropped_device_refused`).
     """
 
-    def __init__(self, name: str, descriptor: int, counters: dict[str, int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        descriptor: int,
+        counters: dict[str, int],
+        *,
+        has_family_header: bool = False,
+    ) -> None:
         self.name: Final = name
         self.descriptor: Final = descriptor
+        frame = framing.with_family if has_family_header else framing.plain
+        self.read, self.put = frame(descriptor)
         self._counters: Final = counters
         self._reported = False
         counters[f"packets_to_{name}"] = counters[f"bytes_to_{name}"] = 0
         for reason in ("full", "down", "refused"):
             counters.setdefault(f"dropped_device_{reason}", 0)
 
-    def write(self, packet: bytes) -> None:
+    def write(self, packet: Buffer) -> None:
         """Writes one packet outside the stream, a held SYN or a reset; drops it on failure."""
         try:
-            os.write(self.descriptor, packet)
+            self.put(packet)
         except OSError as error:
             self.count_dropped(error)
         else:
@@ -85,8 +99,8 @@ class Device:
 class Direction:
     """Moves packets from `source` to `sink` whenever the event loop says there are some.
 
-    `is_ordinary(buffer, length)` passes the common packet unparsed; any other goes as bytes to
-    `inspect`, which says whether it may pass.
+    `is_ordinary(buffer, length)` passes the common packet unparsed, and may rewrite it in place; any other
+    goes as bytes to `inspect`, which returns what is to be written, or None.
     """
 
     def __init__(
@@ -94,7 +108,7 @@ class Direction:
         source: Device,
         sink: Device,
         is_ordinary: Callable[[bytearray, int], bool],
-        inspect: Callable[[bytes], bool],
+        inspect: Callable[[bytes], Buffer | None],
         *,
         batch: int = DEFAULT_BATCH,
     ) -> None:
@@ -123,22 +137,25 @@ class Direction:
         self._loop = self._retry = None
 
     def _move_batch(self) -> None:
-        read_from, write_to = self._source.descriptor, self._sink.descriptor
+        read, write = self._source.read, self._sink.put
         buffer, view, buffers = self._buffer, self._view, (self._buffer,)
-        is_ordinary, readv, write = self._is_ordinary, os.readv, os.write
+        is_ordinary = self._is_ordinary
+        packet: Buffer | None
         packets = length_bytes = 0
         for _ in range(self._batch):
             try:
-                length = readv(read_from, buffers)
+                length = read(buffers)
             except BlockingIOError:
                 break
             except OSError as error:
                 self._pause(error)
                 break
-            if not is_ordinary(buffer, length) and not self._inspect(bytes(view[:length])):
+            if is_ordinary(buffer, length):
+                packet = view[:length]
+            elif (packet := self._inspect(bytes(view[:length]))) is None:
                 continue
             try:
-                write(write_to, view[:length])
+                write(packet)
             except OSError as error:
                 self._sink.count_dropped(error)
             else:

@@ -1,6 +1,6 @@
 """The TUN worker: puts pump, policy, SYN gate and bus together.
 
-It borrows both TUN descriptors from the supervisor and keeps no state that matters: when it dies,
+It borrows the TUN descriptors from the supervisor and keeps no state that matters: when it dies,
 established connections wait in the devices' queues for its successor, and programs send their SYN
 again. So it is when it drains: it reads no more and ends at once.
 """
@@ -8,16 +8,24 @@ again. So it is when it drains: it reads no more and ends at once.
 import asyncio
 import logging
 import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from ipc.bus import Sender
-from ipc.messages import AnyMessage, ConfigureTun, Network, NetworkChanged
+from ipc.messages import (
+    AnyMessage,
+    ConfigureTun,
+    DataPlaneKind,
+    NetworkChanged,
+    RedirectsChanged,
+)
 from workers.runtime import Runtime
 from workers.tun.doorkeeper import Doorkeeper
+from workers.tun.inspector import Inspector
 from workers.tun.last_packets import move_last_packets, noticing_death
-from workers.tun.packet import Malformed, Packet, parse_packet
-from workers.tun.policy import Drop, FastPath, Perimeter, drop_reasons, is_oversized_syn
 from workers.tun.pump import Device, Direction
+from workers.tun.rewriting_inspector import RewritingInspector
 from workers.tun.syn_gate import SynGate
 
 log = logging.getLogger(__name__)
@@ -28,72 +36,57 @@ _REMEMBERED_SECONDS: Final = 8.0
 _MAX_REMEMBERED: Final = 4096
 
 
-class Inspector:
-    """The full check of each packet the fast path does not recognise, with its counters."""
+@dataclass(frozen=True, slots=True)
+class _Plane:
+    """The devices, and what becomes of the packets on them."""
 
-    def __init__(self, network: Network, proxies: int, counters: dict[str, int]) -> None:
-        self._counters: Final = counters
-        self._proxies: Final = proxies
-        self._perimeter = Perimeter(network, proxies)
-        self.doorkeeper: Doorkeeper | None = None
-        self.outer_path: Final = FastPath()
-        self.inner_path: Final = FastPath()
-        counters.update(dict.fromkeys(drop_reasons(), 0))
+    inspector: Inspector | RewritingInspector
+    directions: tuple[Direction, ...]
+    let_in: Callable[[bytes], None]  # a connection attempt that a proxy has admitted
+    write_outer: Callable[[bytes], None]
 
-    def replace_network(self, network: Network) -> None:
-        """Ranges were added or removed."""
-        self._perimeter = Perimeter(network, self._proxies)
-        self.outer_path.forget()
-        self.inner_path.forget()
 
-    def inspect_from_outer(self, data: bytes) -> bool:
-        """Whether this packet goes to the inner device now; a SYN goes to the doorkeeper."""
-        packet = self._parse(data)
-        if packet is None:
-            return False
-        drop = self._perimeter.check_from_outer(packet)
-        if drop is not None:
-            return self._drop(drop)
-        if self._perimeter.is_gated(packet):
-            if is_oversized_syn(data):
-                return self._drop(Drop.OVERSIZED_SYN)
-            assert self.doorkeeper is not None, "set before the pump starts"
-            self.doorkeeper.receive_syn(data, packet)
-            return False
-        self.outer_path.approve(packet)
-        return True
+def _join(config: ConfigureTun, descriptors: list[int], counters: dict[str, int]) -> _Plane:
+    """Packets cross between two devices unchanged."""
+    outer = Device("outer", descriptors[0], counters)
+    inner = Device("inner", descriptors[1], counters)
+    inspector = Inspector(config.network, config.common.proxies, counters)
+    directions = (
+        Direction(outer, inner, inspector.outer_path.recogniser(), inspector.inspect_from_outer),
+        Direction(inner, outer, inspector.inner_path.recogniser(), inspector.inspect_from_inner),
+    )
+    return _Plane(inspector, directions, inner.write, outer.write)
 
-    def inspect_from_inner(self, data: bytes) -> bool:
-        """Whether this packet goes to the outer device."""
-        packet = self._parse(data)
-        if packet is None:
-            return False
-        drop = self._perimeter.check_from_inner(packet)
-        if drop is not None:
-            return self._drop(drop)
-        self.inner_path.approve(packet)
-        return True
 
-    def _parse(self, data: bytes) -> Packet | None:
-        packet = parse_packet(data)
-        if isinstance(packet, Malformed):
-            self._counters[f"malformed_{packet}"] += 1
-            self._drop(Drop.MALFORMED)
-            return None
-        return packet
+def _turn(
+    config: ConfigureTun,
+    descriptors: list[int],
+    counters: dict[str, int],
+    clock: Callable[[], float],
+) -> _Plane:
+    """Packets go back, rewritten, to the device they came from."""
+    has_header = config.has_family_header
+    outer = Device("outer", descriptors[0], counters, has_family_header=has_header)
+    inspector = RewritingInspector(config.network, config.common.proxies, counters, clock)
+    direction = Direction(outer, outer, inspector.flows.rewriter(), inspector.inspect)
 
-    def _drop(self, reason: Drop) -> bool:
-        self._counters[f"dropped_{reason}"] += 1
-        return False
+    def let_in(syn: bytes) -> None:
+        if (packet := inspector.admitted(syn)) is not None:
+            outer.write(packet)
+
+    return _Plane(inspector, (direction,), let_in, outer.write)
 
 
 async def main(runtime: Runtime[ConfigureTun]) -> None:
-    """Runs until the supervisor says stop or drain. Descriptors: [outer device, inner device]."""
+    """Runs until the supervisor says stop or drain. Descriptors: see ConfigureTun."""
     loop = asyncio.get_running_loop()
     config, counters = runtime.config, runtime.counters
-    outer = Device("outer", runtime.descriptors[0], counters)
-    inner = Device("inner", runtime.descriptors[1], counters)
-    inspector = Inspector(config.network, config.common.proxies, counters)
+    plane = (
+        _turn(config, runtime.descriptors, counters, loop.time)
+        if config.data_plane is DataPlaneKind.REWRITING
+        else _join(config, runtime.descriptors, counters)
+    )
+    inspector = plane.inspector
 
     # The bus needs the doorkeeper's ear and the doorkeeper the bus's mouth; nothing is received
     # before this coroutine waits for the first time.
@@ -106,27 +99,31 @@ async def main(runtime: Runtime[ConfigureTun]) -> None:
         proxies=config.common.proxies,
         dns_ipv4=config.network.dns_ipv4,
         send=bus.send,
-        write_inner=inner.write,
-        write_outer=outer.write,
+        write_inner=plane.let_in,
+        write_outer=plane.write_outer,
         counters=counters,
         loop=loop,
     )
     inspector.doorkeeper = doorkeeper
+    knows_redirects = asyncio.Event()
 
     def on_message(message: AnyMessage, _descriptors: list[int]) -> None:
         if isinstance(message, NetworkChanged):
             inspector.replace_network(message.network)
             log.info("virtual ranges: %s", ", ".join(message.network.ranges))
+        elif isinstance(message, RedirectsChanged) and isinstance(inspector, RewritingInspector):
+            inspector.change_redirects(message.redirects)
+            if message.is_complete:
+                knows_redirects.set()
 
     runtime.on_message = on_message
-    directions = (
-        Direction(outer, inner, inspector.outer_path.recogniser(), inspector.inspect_from_outer),
-        Direction(inner, outer, inspector.inner_path.recogniser(), inspector.inspect_from_inner),
-    )
 
     async def work() -> None:
+        if isinstance(inspector, RewritingInspector):
+            # Without them it would reset connections that its predecessor has left.
+            await knows_redirects.wait()
         await runtime.taken_over()
-        for direction in directions:
+        for direction in plane.directions:
             direction.start(loop)
         runtime.ready()
         await runtime.draining.wait()
@@ -137,7 +134,7 @@ async def main(runtime: Runtime[ConfigureTun]) -> None:
             if runtime.is_orphaned:
                 await move_last_packets()
     finally:
-        for direction in directions:
+        for direction in plane.directions:
             direction.stop()
         doorkeeper.stop()
     if runtime.draining.is_set():

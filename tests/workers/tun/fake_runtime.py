@@ -16,6 +16,7 @@ from ipc.messages import (
     DialRequest,
     DialVerdict,
     ProxyHello,
+    RedirectsChanged,
 )
 from workers.runtime import Runtime
 from workers.tun import worker
@@ -119,10 +120,18 @@ class FakeRuntime:
 
 
 @asynccontextmanager
-async def running_worker(descriptors, bus, config=CONFIG) -> AsyncIterator[FakeRuntime]:
-    """The real worker on these descriptors until the end of the block."""
+async def running_worker(
+    descriptors, bus, config=CONFIG, redirects=None
+) -> AsyncIterator[FakeRuntime]:
+    """The real worker on these descriptors until the end of the block.
+
+    `redirects` is the whole table for one that rewrites.
+    """
     runtime = FakeRuntime(descriptors, bus, config)
     task = asyncio.create_task(worker.main(runtime))
+    if redirects is not None:
+        await asyncio.sleep(0)
+        runtime.on_message(RedirectsChanged(redirects=redirects, is_complete=True), [])
     await runtime.is_ready.wait()
     bus.say_hello()
     try:

@@ -434,7 +434,7 @@ def test_one_wake_moves_no_more_than_a_batch():
             for _ in range(5):
                 wire.host.send(DATA_PACKET)
             direction = Direction(
-                outer, inner, lambda _buffer, _length: True, lambda _data: False, batch=2
+                outer, inner, lambda _buffer, _length: True, lambda _data: None, batch=2
             )
             direction.start(asyncio.get_running_loop())
             moved = []
@@ -468,7 +468,9 @@ def test_broken_device_is_reported_once_until_it_works_again(caplog):
 
 
 def probe(index, source_port=40000):
-    return ipv4(TUN_IPV4, DNS_IPV4, tcp_segment(SYN, ports=(source_port, probe_port(index))))
+    return ipv4(
+        TUN_IPV4, DNS_IPV4, tcp_segment(SYN, ports=(source_port, probe_port(f"proxy-{index}")))
+    )
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -478,13 +480,13 @@ def test_probe_is_put_to_its_proxy_and_only_that_answers_it(index):
         await until(lambda: bus.asked)
         ((slot, request),) = bus.asked
         assert slot == f"proxy-{index}"
-        assert request.destination_port == probe_port(index)
+        assert request.destination_port == probe_port(f"proxy-{index}")
         bus.deliver(f"proxy-{1 - index}", DialVerdict(flow_id=request.flow_id))
         assert runtime.counters["pending_now"] == 1
         bus.deliver(slot, DialVerdict(flow_id=request.flow_id, refusal=Refusal.PROBE))
         packet = parse_packet(await receive(wire.host))
         assert packet.tcp.flags & RST
-        assert packet.tcp.source_port == probe_port(index)
+        assert packet.tcp.source_port == probe_port(f"proxy-{index}")
         assert (runtime.counters["probes"], runtime.counters["refused_probe"]) == (1, 1)
 
     run(story, decide=no_answer)
@@ -505,7 +507,7 @@ def test_probe_is_never_let_in_whatever_the_proxy_says(decide):
 
 def test_ports_beside_those_of_the_probes_are_not_gated():
     async def story(wire, bus, runtime):
-        for port in (53, probe_port(0) - 1, probe_port(2)):
+        for port in (53, probe_port("ssh") - 1, probe_port("proxy-2")):
             syn = ipv4(TUN_IPV4, DNS_IPV4, tcp_segment(SYN, ports=(40000, port)))
             wire.host.send(syn)
             assert await receive(wire.inner) == syn
@@ -524,7 +526,7 @@ def test_probe_of_a_hung_proxy_is_held_although_programs_have_taken_every_place(
         for port in (1, 2, 3):
             wire.host.send(probe(0, port))
         packet = parse_packet(await receive(wire.host))
-        assert (packet.tcp.source_port, packet.tcp.destination_port) == (probe_port(0), 3)
+        assert (packet.tcp.source_port, packet.tcp.destination_port) == (probe_port("proxy-0"), 3)
         assert runtime.counters["pending_now"] == 4
         # Nor does a flood of them take more than that.
         wire.host.send(ipv4(TUN_IPV4, APP, tcp_segment(SYN, ports=(3, 443))))

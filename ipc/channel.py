@@ -1,12 +1,14 @@
 """The conversation between the supervisor and one worker: a SOCK_SEQPACKET pair.
 
 One datagram is one message of `ipc.codec`; descriptors travel beside it (SCM_RIGHTS). Nothing
-here blocks. End of file means that the other process is gone.
+here blocks. End of file means that the other process is gone; on macOS, which has SOCK_DGRAM only, an
+error does.
 """
 
 import array
 import os
 import socket
+import sys
 from collections.abc import Sequence
 
 from ipc import codec
@@ -24,11 +26,13 @@ from ipc.permits import Role
 MAX_DESCRIPTORS = 8
 # Room for one message of the largest size with the kernel's bookkeeping.
 _BUFFER_BYTES = codec.MAX_MESSAGE_BYTES + 16 * 1024
+_CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # 0 on macOS
 
 
 def make_pair() -> tuple[socket.socket, socket.socket]:
     """Two connected, non-blocking, close-on-exec sockets."""
-    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kind = socket.SOCK_DGRAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
+    pair = socket.socketpair(socket.AF_UNIX, kind)
     for end in pair:
         end.setblocking(False)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
@@ -88,7 +92,7 @@ class Channel:
         """
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(
-                codec.MAX_MESSAGE_BYTES, self._ancillary_bytes, socket.MSG_CMSG_CLOEXEC
+                codec.MAX_MESSAGE_BYTES, self._ancillary_bytes, _CLOSE_ON_EXEC
             )
         except BlockingIOError:
             return None
@@ -96,6 +100,9 @@ class Channel:
             raise PeerGoneError(f"{self._peer} is gone: {error}") from error
         self.received_bytes += len(data)
         descriptors = _descriptors_in(ancillary)
+        if not _CLOSE_ON_EXEC:
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
         try:
             return self._decode(data, flags), descriptors
         except ConversationError:

@@ -16,6 +16,7 @@ import os
 import re
 import select
 import struct
+import sys
 import threading
 import time
 from queue import Empty
@@ -352,6 +353,7 @@ def make_pipe() -> tuple[int, int]:
     reader, writer = os.pipe()
     # The default of 64 KiB is 16 full records; a megabyte is what an unprivileged process may set.
     # Where pipes have taken all a user may have, the default must do.
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
     return reader, writer

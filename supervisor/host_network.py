@@ -7,15 +7,17 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address
 from typing import Any, Final
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
-
 from supervisor.osconfig.route_conflicts import HostRoutes, Route, RouteKind, Rule, RuleAction
+from supervisor.way import Way
+
+if sys.platform == "linux":
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 # linux/rtnetlink.h: RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE,
 # _IPV6_IFINFO, and the bits of RTNLGRP_IPV4_NETCONF and RTNLGRP_IPV6_NETCONF.
@@ -53,14 +55,6 @@ _ALL_BITS: Final = 0xFFFFFFFF
 _SPECIAL: Final = (
     "FRA_L3MDEV", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE", "FRA_IP_PROTO", "FRA_TUN_ID", "FRA_FLOW",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """Where the kernel sends an address: an interface, or nowhere because of an error."""
-
-    interface: str
-    problem: str = ""
 
 
 class Monitor:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; ends the process with an ExitStatus."""
-    flags = _parser().parse_args(arguments)
+    flags = make_parser().parse_args(arguments)
     try:
         handed = upgrade.take_descriptor(os.environ)
         status = _check(flags, handed) if flags.check_config else _run(flags, handed)
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(int(status))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The flags, which the manual page is made from as well."""
     parser = argparse.ArgumentParser(
         prog="vnet-supervisor",
         description="Runs VNet in the foreground until SIGINT or SIGTERM.",

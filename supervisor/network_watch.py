@@ -7,6 +7,7 @@ has changed, and every `LOOK_SECONDS`.
 
 import logging
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,6 @@ from typing import Final
 from ipc.addresses import as_text
 from ipc.messages import Network
 from supervisor.dataplane import DataPlane
-from supervisor.host_network import HostNetwork, Monitor
 from supervisor.network import DNS_HOST, ipv6_range
 from supervisor.osconfig.route_conflicts import (
     MAIN,
@@ -28,6 +28,7 @@ from supervisor.osconfig.route_conflicts import (
     describe,
     strays,
 )
+from supervisor.this_system import HostNetwork, Monitor
 
 log = logging.getLogger(__name__)
 
@@ -315,4 +316,6 @@ def _defaults(host: HostRoutes) -> set[Route]:
 
 def _seconds_asleep() -> float:
     """How long the machine was asleep since it was started; only differences mean anything."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    # macOS: its CLOCK_MONOTONIC goes on while the machine sleeps, and Python's clock does not.
+    whole = time.CLOCK_BOOTTIME if sys.platform == "linux" else time.CLOCK_MONOTONIC
+    return time.clock_gettime(whole) - time.monotonic()

@@ -1,10 +1,12 @@
-"""What a worker gives up between fork and work (Linux; see capabilities(7), prctl(2))."""
+"""What a worker gives up between fork and work: capabilities(7), prctl(2); on macOS the user alone."""
 
 import ctypes
 import os
 import resource
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 # linux/prctl.h
@@ -22,7 +24,38 @@ CAPABILITY_VERSION = 0x20080522
 CAPABILITY_WORDS = 2
 LAST_CAPABILITY_BOUND = 64
 
+# sys/syslimits.h of macOS
+OPEN_MAX = 10240
+# How often a process looks for its parent where the kernel does not tell of its end.
+ORPHAN_LOOK_SECONDS = 0.25
+
+_IS_LINUX = sys.platform == "linux"
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _OrphanWatch:
+    """A thread of a child that sends it a signal once it has another parent; one for each process."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._number = signal.SIGKILL
+
+    def begin(self, parent_pid: int, number: signal.Signals) -> None:
+        """From now on; only the signal changes where it runs already."""
+        self._number = number
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            threading.Thread(
+                target=self._live, args=(parent_pid,), name="orphan-watch", daemon=True
+            ).start()
+
+    def _live(self, parent_pid: int) -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(ORPHAN_LOOK_SECONDS)
+        os.kill(os.getpid(), self._number)
+
+
+_orphan_watch = _OrphanWatch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +69,28 @@ class Identity:
 
 def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     """A signal for this process when its parent ends; its own end if that has ended already."""
-    _prctl(PR_SET_PDEATHSIG, number)
+    if _IS_LINUX:
+        _prctl(PR_SET_PDEATHSIG, number)
+    else:
+        _orphan_watch.begin(parent_pid, number)
     if os.getppid() != parent_pid:
         os._exit(1)
 
 
 def name_process(name: str) -> None:
     """The name shown by ps and top (15 characters at most)."""
-    _libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+    if _IS_LINUX:
+        _libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def raise_file_limit() -> int:
     """Raises the soft limit of open files to the hard one; returns it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not _IS_LINUX and hard == resource.RLIM_INFINITY:
+        # setrlimit(2) of macOS takes no more than OPEN_MAX then.
+        wanted = max(soft, OPEN_MAX)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
@@ -65,6 +107,12 @@ def give_up(identity: Identity, max_files: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     os.umask(0o077)
     os.chdir("/")
+    if not _IS_LINUX:
+        _leave_groups(identity)
+        # Of root these set the real, the effective and the saved one.
+        os.setgid(identity.gid)
+        os.setuid(identity.uid)
+        return
     for capability in range(LAST_CAPABILITY_BOUND):
         # Beyond the kernel's last capability: EINVAL. Without CAP_SETPCAP: EPERM, and then
         # no_new_privs keeps the bounding set from mattering.
@@ -81,6 +129,8 @@ def give_up(identity: Identity, max_files: int) -> None:
 
 def held_capabilities() -> list[int]:
     """The numbers of all capabilities in a set of this process, the bounding set included."""
+    if not _IS_LINUX:
+        return []
     held = 0
     for word in _capability_words():
         held |= word
@@ -93,7 +143,7 @@ def held_capabilities() -> list[int]:
 
 def has_no_new_privs() -> bool:
     """Whether this process can gain no right by running a program."""
-    return bool(_libc.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1)
+    return _IS_LINUX and bool(_libc.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1)
 
 
 def _leave_groups(identity: Identity) -> None:

@@ -6,19 +6,20 @@ them away again, and asks the service manager to look.
 
 import contextlib
 import os
-import pwd
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import supervisor
-from supervisor import settings
-from supervisor.exits import ExitStatus
+from supervisor import config, settings
+from supervisor.exits import ExitStatus, MisconfiguredError
 from supervisor.osconfig import launchd, polkit_rule, repair_unit, systemd_unit
 from supervisor.osconfig.own_files import Comment, Origin, OwnFile, origin
 from supervisor.osconfig.systemd_unit import PACKAGED, TEMPLATE, Programs
@@ -34,6 +35,15 @@ _DROP_IN: Final = "vnet.conf"
 COMMAND_SECONDS: Final = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The user of an instance, and where the credentials lie that it reads."""
+
+    name: str
+    is_root: bool
+    tsh_home: Path
+
+
 class ServiceError(Exception):
     """The command cannot be carried out; the text is one line."""
 
@@ -45,11 +55,11 @@ class ServiceError(Exception):
 def install(user: str, *, start: bool, force: bool) -> None:
     """Installs the service for a user and starts it. Raises ServiceError."""
     _require_root()
-    is_root = check_user(user, force=force)
+    served = check_user(user, force=force)
     if sys.platform == "darwin":
-        _install_on_macos(user, is_root=is_root, start=start, force=force)
+        _install_on_macos(served, start=start, force=force)
     else:
-        _install_on_linux(user, is_root=is_root, start=start, force=force)
+        _install_on_linux(served, start=start, force=force)
 
 
 def uninstall() -> None:
@@ -63,37 +73,52 @@ def uninstall() -> None:
 
 def show(user: str) -> None:
     """Prints what `install` would write; without a user what is the same for all. Raises ServiceError."""
-    is_root = bool(user) and check_user(user, force=True)
-    for file in files(own_programs(), user, is_root=is_root, system=sys.platform):
+    served = check_user(user, force=True) if user else None
+    for file in files(own_programs(), served, system=sys.platform):
         print(f"==> {file.path} <==\n{file.marked}")
 
 
-def check_user(user: str, *, force: bool) -> bool:
-    """Whether the user is root. Raises ServiceError for one whom the service cannot or should not serve."""
+def check_user(name: str, *, force: bool) -> Served:
+    """The user of this name. Raises ServiceError for one whom the service cannot or should not serve."""
     try:
-        systemd_unit.instance(user)
-        uid = pwd.getpwnam(user).pw_uid
-    except ValueError as error:
+        systemd_unit.instance(name)
+        user = settings.find_user(name, {})
+        home = settings.teleport_home(config.read(None), user, service_environment())
+    except (ValueError, MisconfiguredError) as error:
         raise ServiceError(ExitStatus.USAGE, str(error)) from error
-    except KeyError as error:
-        raise ServiceError(ExitStatus.USAGE, f"the system knows no user {user!r}") from error
-    if uid == 0 and not force:
+    if user.uid == 0 and not force:
         raise ServiceError(
             ExitStatus.USAGE,
-            f"{user} is root, whose credentials a service should not use: name the user who logs in"
+            f"{name} is root, whose credentials a service should not use: name the user who logs in"
             " with tsh, or add --force",
         )
-    return uid == 0
+    return Served(name, is_root=user.uid == 0, tsh_home=home)
 
 
-def files(programs: Programs, user: str, *, is_root: bool, system: str) -> list[OwnFile]:
-    """What is to be installed on this system (as sys.platform has it) for `user`. Pure.
+def service_environment(path: Path = systemd_unit.ENVIRONMENT) -> dict[str, str]:
+    """What the unit's file of variables says, as far as it is understood."""
+    try:
+        lines = path.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return {}
+    found = {}
+    for line in lines:
+        name, sign, value = line.strip().partition("=")
+        if sign and not name.startswith(("#", ";")):
+            with contextlib.suppress(ValueError):
+                found[name.strip()] = " ".join(shlex.split(value))
+    return found
+
+
+def files(programs: Programs, served: Served | None, *, system: str) -> list[OwnFile]:
+    """What is to be installed on this system (as sys.platform has it), for this user. Pure.
 
     Raises:
         ServiceError: the programs lie where a unit cannot name them.
     """
     if system == "darwin":
-        text = launchd.plist(programs, user or "NAME", refuses_root=not is_root)
+        name, is_root = (served.name, served.is_root) if served else ("NAME", False)
+        text = launchd.plist(programs, name, refuses_root=not is_root)
         return [OwnFile(launchd.PLIST, text, Comment.XML)]
     try:
         found = [
@@ -103,12 +128,21 @@ def files(programs: Programs, user: str, *, is_root: bool, system: str) -> list[
         ]
     except ValueError as error:
         raise ServiceError(ExitStatus.USAGE, str(error)) from error
-    return [*found, *([_root_drop_in(programs, user)] if is_root else [])]
+    return [*found, *(_drop_ins(programs, served) if served else ())]
 
 
-def _root_drop_in(programs: Programs, user: str) -> OwnFile:
-    path = UNITS / f"{systemd_unit.instance(user)}.d" / _DROP_IN
-    return OwnFile(path, systemd_unit.root_drop_in(programs), Comment.HASH)
+def _drop_ins(programs: Programs, served: Served) -> list[OwnFile]:
+    """What the instance of this user needs beside the unit. Raises ServiceError."""
+    name = served.name
+    try:
+        text = systemd_unit.drop_in(programs, name, served.tsh_home, is_root=served.is_root)
+    except ValueError as error:
+        raise ServiceError(ExitStatus.USAGE, str(error)) from error
+    return [OwnFile(_drop_in_path(name), text, Comment.HASH)] if text else []
+
+
+def _drop_in_path(user: str) -> Path:
+    return UNITS / f"{systemd_unit.instance(user)}.d" / _DROP_IN
 
 
 def own_programs() -> Programs:
@@ -142,12 +176,12 @@ def unsafe(paths: Iterable[Path]) -> str:
 # -- Linux --
 
 
-def _install_on_linux(user: str, *, is_root: bool, start: bool, force: bool) -> None:
+def _install_on_linux(served: Served, *, start: bool, force: bool) -> None:
     _require_systemd()
     programs = own_programs()
-    unit = systemd_unit.instance(user)
+    unit = systemd_unit.instance(served.name)
     if is_packaged():
-        wanted = [_root_drop_in(programs, user)] if is_root else []
+        wanted = _drop_ins(programs, served)
     elif PACKAGED_UNIT.exists():
         raise ServiceError(
             ExitStatus.CONFLICT,
@@ -156,11 +190,14 @@ def _install_on_linux(user: str, *, is_root: bool, start: bool, force: bool) -> 
         )
     else:
         _require_safe_place(programs, force=force)
-        wanted = files(programs, user, is_root=is_root, system="linux")
+        wanted = files(programs, served, system="linux")
         if not RULES.is_dir():
             wanted = [file for file in wanted if file.path.parent != RULES]
             print("polkit is not installed: only root will be able to start and stop the service")
     _write(wanted, force=force)
+    earlier = _drop_in_path(served.name)
+    if earlier not in (file.path for file in wanted):
+        _remove_drop_in(earlier, [])
     _command("systemctl", "daemon-reload")
     if not is_packaged():
         _command("systemctl", "enable", "--quiet", REPAIR)
@@ -176,17 +213,15 @@ def _uninstall_on_linux() -> None:
     changed: list[Path] = []
     _command("systemctl", "stop", "vnet@*.service")
     _repair()
-    for link in sorted(UNITS.glob("*.wants/vnet[@-]*.service")):
+    for link in sorted((*UNITS.glob("*.wants/vnet@*.service"), *UNITS.glob(f"*.wants/{REPAIR}"))):
         link.unlink(missing_ok=True)
         print(f"{link.name} starts no longer with the system")
-    drop_ins = sorted(UNITS.glob(f"vnet@*.service.d/{_DROP_IN}"))
-    for path in (UNITS / TEMPLATE, UNITS / REPAIR, RULES / polkit_rule.FILE_NAME, *drop_ins):
+    for path in (UNITS / TEMPLATE, UNITS / REPAIR, RULES / polkit_rule.FILE_NAME):
         _remove(path, changed)
-    for path in drop_ins:
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
+    for path in sorted(UNITS.glob(f"vnet@*.service.d/{_DROP_IN}")):
+        _remove_drop_in(path, changed)
     _command("systemctl", "daemon-reload")
-    if is_packaged():
+    if is_packaged() and "DPKG_MAINTSCRIPT_NAME" not in os.environ:
         print("the unit and the polkit rule belong to the Debian package: apt remove vnet")
     _report_changed(changed)
 
@@ -229,10 +264,10 @@ def _require_safe_place(programs: Programs, *, force: bool) -> None:
 # -- macOS --
 
 
-def _install_on_macos(user: str, *, is_root: bool, start: bool, force: bool) -> None:
+def _install_on_macos(served: Served, *, start: bool, force: bool) -> None:
     programs = own_programs()
     _require_safe_place(programs, force=force)
-    _write(files(programs, user, is_root=is_root, system="darwin"), force=force)
+    _write(files(programs, served, system="darwin"), force=force)
     for command in launchd.start_commands() if start else ():
         _command(*command)
 
@@ -290,6 +325,13 @@ def _remove(path: Path, changed: list[Path]) -> None:
         raise ServiceError(
             ExitStatus.INTERNAL, f"{path} cannot be removed: {error.strerror}"
         ) from error
+
+
+def _remove_drop_in(path: Path, changed: list[Path]) -> None:
+    _remove(path, changed)
+    # Empty, unless the administrator has drop-ins there.
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
 
 
 def _read(path: Path) -> str:

@@ -133,8 +133,10 @@ def _make(path: Path, state: FileState, data: bytes) -> None:
 def _write_over(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        # In this order nobody reads an empty file.
-        os.pwrite(descriptor, data, 0)
+        # In this order nobody reads an empty file. A disk that gets full takes a part.
+        written = 0
+        while written < len(data):
+            written += os.pwrite(descriptor, data[written:], written)
         os.ftruncate(descriptor, len(data))
         os.fsync(descriptor)
     finally:

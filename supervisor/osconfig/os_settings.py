@@ -100,10 +100,12 @@ class OsSettings:
         goes_on: bool = False,
         make: Make = make_backend,
         look: Look = find_facts,
+        on_upstream: Callable[[], None] = lambda: None,
     ) -> None:
         """Undoes what a VNet that died has left, unless this one `goes_on` in its place.
 
-        `wanted` is `dns.os_integration`.
+        `wanted` is `dns.os_integration`. `on_upstream` is called in the thread
+        when `upstream` has changed.
 
         Raises:
             ConflictError: a VNet runs with this state directory.
@@ -111,6 +113,7 @@ class OsSettings:
         self._wanted = wanted
         self._make = make
         self._look = look
+        self._on_upstream = on_upstream
         self.backend_name = "none"
         self.reasons: tuple[str, ...] = ()
         self._backend: ResolverBackend = NoBackend()
@@ -248,12 +251,12 @@ class OsSettings:
 
     def _settle(self, wish: ResolverWish) -> None:
         if wish.zones:
-            # Known before VNet is asked for the first name: it must not ask in turn who asks it.
-            self._upstream = self._backend.upstream()
+            # Told before VNet is asked for the first name: it must not ask in turn who asks it.
+            self._use_upstream(self._backend.upstream())
             self._backend.apply(wish)
         else:
             self._backend.undo()
-        self._upstream = self._backend.upstream() if wish.zones else None
+        self._use_upstream(self._backend.upstream() if wish.zones else None)
         self._settled = wish
         log.info("the system's resolver (%s) has %d zones", self.backend_name, len(wish.zones))
         self._trouble = self._standing()
@@ -261,8 +264,13 @@ class OsSettings:
     def _check(self) -> None:
         found = self._backend.check()
         if self._settled and self._settled.zones:
-            self._upstream = self._backend.upstream()
+            self._use_upstream(self._backend.upstream())
         self._trouble = [*self._standing(), *found]
+
+    def _use_upstream(self, servers: Servers | None) -> None:
+        before, self._upstream = self._upstream, servers
+        if servers != before:
+            self._on_upstream()
 
     def _standing(self) -> list[str]:
         return [self._choice_problem] if self._choice_problem else []

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 TEMPLATE: Final = "vnet@.service"
+# Variables for the service, where the administrator has set some.
+ENVIRONMENT: Final = Path("/etc/vnet/environment")
 # systemd.unit(5): a unit's name has 255 characters.
 _MAX_NAME: Final = 255
 _INSTANCE: Final = re.compile(r"[A-Za-z0-9:_.\\@-]+")
@@ -51,14 +53,43 @@ def unit(programs: Programs) -> str:
                 f"{str(program)!r} cannot stand in a systemd unit: install VNet at a path of plain"
                 " letters and digits"
             )
-    return _UNIT.replace("@SUPERVISOR@", str(programs.supervisor)).replace(
-        "@VNET@", str(programs.vnet)
+    return (
+        _UNIT.replace("@SUPERVISOR@", str(programs.supervisor))
+        .replace("@VNET@", str(programs.vnet))
+        .replace("@ENVIRONMENT@", str(ENVIRONMENT))
     )
 
 
-def root_drop_in(programs: Programs) -> str:
-    """A drop-in for the instance of root, which the unit itself does not start."""
-    return f"[Service]\nExecStart=\nExecStart={programs.supervisor} --user=%i\n"
+def usual_tsh_home(user: str) -> Path:
+    """The tsh home that the unit lets its service write to."""
+    return Path("/home", user, ".tsh")
+
+
+def drop_in(programs: Programs, user: str, tsh_home: Path, *, is_root: bool) -> str:
+    """What one user's instance needs beside the unit, or "".
+
+    Root, whom the unit itself does not serve, needs another command; who has the tsh home at another place
+    the right to write there.
+
+    Raises:
+        ValueError: the tsh home lies where a unit cannot name it.
+    """
+    lines = []
+    if is_root:
+        lines += ["ExecStart=", f"ExecStart={programs.supervisor} --user=%i"]
+    if tsh_home != usual_tsh_home(user):
+        lines += [f"ReadWritePaths={_quoted_path(tsh_home)}"]
+    return "".join(f"{line}\n" for line in ("[Service]", *lines)) if lines else ""
+
+
+def _quoted_path(path: Path) -> str:
+    """As a word of a unit that need not be there (systemd.syntax(7), systemd.exec(5))."""
+    text = str(path)
+    if not path.is_absolute() or not text.isprintable():
+        raise ValueError(f"the tsh home {text!r} cannot stand in a systemd unit: choose another")
+    for special, written in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%")):
+        text = text.replace(special, written)
+    return f'"-{text}"'
 
 
 _UNIT: Final = """\
@@ -75,7 +106,7 @@ NotifyAccess=main
 ExecStart=@SUPERVISOR@ --user=%i --not-root
 ExecReload=@VNET@ reload
 # TELEPORT_HOME, HTTPS_PROXY and the like.
-EnvironmentFile=-/etc/vnet/environment
+EnvironmentFile=-@ENVIRONMENT@
 TimeoutStartSec=60
 TimeoutStopSec=15
 WatchdogSec=20
@@ -83,7 +114,8 @@ WatchdogSec=20
 FileDescriptorStoreMax=64
 Restart=on-failure
 RestartSec=100ms
-# Wrong configuration, missing right, or another VNet runs: trying again does not help.
+# Wrong configuration, missing right, or another VNet runs: trying again does not help. For a range, an
+# interface name or an address that another program has it waits without ending.
 RestartPreventExitStatus=2 4 6
 KillMode=mixed
 # Listening sockets and connections.
@@ -103,6 +135,8 @@ NoNewPrivileges=yes
 ProtectSystem=strict
 ReadWritePaths=/etc /run
 ProtectHome=read-only
+# The tsh home, where keys and settings for SSH programs are put; a drop-in names one elsewhere.
+ReadWritePaths=-/home/%i/.tsh
 PrivateTmp=yes
 DevicePolicy=closed
 DeviceAllow=/dev/net/tun rw

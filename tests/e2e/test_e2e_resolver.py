@@ -235,13 +235,20 @@ def test_a_named_back_end_that_is_not_there_degrades_vnet_and_no_more():
             assert etc_of(bed) == before
 
 
-def test_killed_at_each_step_of_applying_and_undoing_everything_is_restored():
+def kill_at_each_step(bed: Bed, *kinds: str, least: int = 15) -> None:
+    """In the bed's `/etc`, which is best in memory, where syncing costs nothing."""
+    script = str(PARTS / "killed_settings.py")
+    results = json.loads(bed.output(sys.executable, script, *kinds, timeout=110))
+    assert tuple(results) == kinds
+    for kind, found in results.items():
+        assert found["wrong"] == [], kind
+        assert least < found["steps"] < 99, kind
+
+
+@pytest.mark.parametrize(
+    "kinds", [("file", "mount"), ("link", "missing"), ("macos", "macos-others")], ids="-".join
+)
+def test_killed_at_each_step_of_applying_and_undoing_everything_is_restored(kinds):
     with own_etc() as bed:
-        # In memory, where syncing costs nothing.
         bed.output("mount", "-t", "tmpfs", "none", "/etc")
-        script = str(PARTS / "killed_settings.py")
-        results = json.loads(bed.output(sys.executable, script, timeout=110))
-        assert sorted(results) == ["file", "link", "missing", "mount"]
-        for kind, found in results.items():
-            assert found["wrong"] == [], kind
-            assert 15 < found["steps"] < 99, kind
+        kill_at_each_step(bed, *kinds)

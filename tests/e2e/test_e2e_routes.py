@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
@@ -353,6 +354,47 @@ def test_conflict_at_the_start_is_said_and_nothing_is_left(stopped, config, take
         assert taken in done.stderr.decode()
         assert "set network.ipv4_cidr_range" in done.stderr.decode().splitlines()[-1]
         assert "vnet0" not in bed.output("ip", "link")
+
+
+@contextlib.contextmanager
+def service(bed: Bed) -> Iterator[Path]:
+    """VNet as a service manager starts it; the path is the manager's record."""
+    record = bed.directory / "manager.json"
+    bed.logs.append(bed.directory / "service.log")
+    script = str(Path(__file__).with_name("service_manager.py"))
+    program = [sys.executable, script, str(record), SUPERVISOR, *arguments(bed)]
+    with bed.running(*program, log_name="service") as process:
+        try:
+            yield record
+        finally:
+            stop(process)
+
+
+def test_service_waits_for_its_range_and_goes_on_once_it_is_free(stopped):
+    bed = stopped
+    with link(bed, "vpn0", "10.200.0.2/32"):
+        bed.output("ip", "route", "add", "100.64.0.0/10", "dev", "vpn0")
+        with service(bed) as record:
+            wait_until(lambda: bed.health() == "degraded", "it has started, and says what is wrong")
+            assert "vpn0 has the route 100.64.0.0/10" in reasons(bed)
+            wait_until(lambda: '"READY=1"' in record.read_text(), "it counts as started")
+            assert "vnet0" not in bed.output("ip", "link")
+            # Another VNet does not wait: that this one ends is nothing that happens by itself.
+            done = bed.run(SUPERVISOR, *arguments(bed), timeout=20)
+            assert done.returncode == 6
+            assert b"VNet runs already" in done.stderr
+            bed.output("ip", "route", "delete", "100.64.0.0/10", "dev", "vpn0")
+            bed.wait_for_health("healthy")
+            dns = bed.status()["network"]["dns_addresses"][0]
+            bed.path("/etc/resolv.conf").write_text(f"nameserver {dns}\n")
+            require_echo(bed, PLAIN, ranges=("100.64.0.0/10",))
+        # Once more, and stopped while it waits.
+        bed.output("ip", "route", "add", "100.64.0.0/10", "dev", "vpn0")
+        with service(bed) as record:
+            wait_until(lambda: bed.health() == "degraded", "it waits")
+    ended = [line for line in record.read_text().splitlines() if "ended" in line]
+    assert ended == ['{"ended": 0}', '{"ended": 0}']
+    assert bed.health() == "none"
 
 
 def test_range_of_a_cluster_waits_until_it_is_free(stopped):

@@ -1,4 +1,4 @@
-"""Ends a process at each step at which something on the disk changes.
+"""Ends a process at each step at which something on the disk changes, or a program is run.
 
 A step is a call of one of the functions below, and the end comes right before it: either an exception that
 nothing catches, or SIGKILL. Run as a program it is `vnet-supervisor` with one more argument, the
@@ -8,6 +8,7 @@ number of the step.
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 STEPS = [
     *((os, name) for name in ("fsync", "pwrite", "ftruncate", "fchmod", "fchown")),
     *((Path, name) for name in ("replace", "unlink", "symlink_to", "mkdir", "rmdir")),
+    (subprocess, "run"),
 ]
 
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,21 @@ def package(tmp_path_factory, debian) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
+
+
+@pytest.fixture
+def unpack(tmp_path) -> Callable[[str], Path]:
+    """Unpacks a Debian package; returns where."""
+
+    def unpack(package: str) -> Path:
+        directory = tmp_path / package
+        try:
+            debian_tree.unpacked(package, directory)
+        except debian_tree.NoTreeError as error:
+            _cannot(str(error))
+        return directory
+
+    return unpack
 
 
 @pytest.fixture

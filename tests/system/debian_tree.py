@@ -101,6 +101,18 @@ def tree(*more: str) -> Path:
     return made
 
 
+def unpacked(package: str, directory: Path) -> None:
+    """Unpacks one package of this machine's release, kept once it was fetched. Raises NoTreeError."""
+    kept = cache_directory() / f"packages-{suite()}"
+    kept.mkdir(parents=True, exist_ok=True)
+    with (kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (found := sorted(kept.glob(f"{package}_*.deb"))):
+            _run(["apt-get", "download", package], where=kept)
+            found = sorted(kept.glob(f"{package}_*.deb"))
+    _run(["dpkg-deb", "--extract", str(found[-1]), str(directory)])
+
+
 def _make(made: Path, release: str, packages: tuple[str, ...]) -> None:
     if shutil.which("debootstrap") is None:
         raise NoTreeError("debootstrap is not installed: run scripts/setup --dev as root")
@@ -122,9 +134,12 @@ def _make(made: Path, release: str, packages: tuple[str, ...]) -> None:
     unfinished.rename(made)
 
 
-def _run(command: list[str], environment: Mapping[str, str] | None = None) -> None:
+def _run(
+    command: list[str], environment: Mapping[str, str] | None = None, where: Path | None = None
+) -> None:
     done = subprocess.run(
         command,
+        cwd=where,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

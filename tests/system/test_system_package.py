@@ -55,6 +55,11 @@ def test_the_package_has_what_it_promises_and_nothing_compiles_later(contents):
         "/usr/share/bash-completion/completions/vnet",
         "/usr/share/zsh/vendor-completions/_vnet",
         "/usr/share/fish/vendor_completions.d/vnet.fish",
+        "/usr/share/man/man1/vnet.1.gz",
+        "/usr/share/man/man1/vnet-status.1.gz",
+        "/usr/share/man/man1/vnet-service.1.gz",
+        "/usr/share/man/man5/vnet.toml.5.gz",
+        "/usr/share/man/man8/vnet-supervisor.8.gz",
         "/usr/share/doc/vnet/copyright",
         "/etc/vnet/vnet.toml",
     ):
@@ -67,6 +72,17 @@ def test_the_package_has_what_it_promises_and_nothing_compiles_later(contents):
         folder, _, name = source.rpartition("/")
         compiled = f"{folder}/__pycache__/{name.removesuffix('.py')}.cpython-3"
         assert any(path.startswith(compiled) for path in paths), source
+
+
+def test_a_linter_has_nothing_to_say_about_the_man_pages(package, unpack, tmp_path):
+    subprocess.run(["dpkg-deb", "--extract", package, tmp_path], check=True)
+    pages = sorted((tmp_path / "usr/share/man").glob("*/*.gz"))
+    assert len(pages) > 15
+    subprocess.run(["gunzip", *pages], check=True)
+    lint = [unpack("mandoc") / "usr/bin/mandoc", "-T", "lint", "-W", "warning"]
+    lint += [page.with_suffix("") for page in pages]
+    done = subprocess.run(lint, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
 def test_the_package_names_the_python_it_was_built_for(package):
@@ -97,7 +113,12 @@ def test_of_a_purged_package_nothing_is_left(bare, package):
     installed = bed.files(*NOISY)
     # The configuration that comes with it: every key, commented out.
     assert "valid" in bed.output("vnet-supervisor", "--check-config")
+    # A tsh home at another place needs a drop-in.
+    bed.path("/etc/vnet/environment").write_text("TELEPORT_HOME=/srv/tsh\n")
     bed.output("vnet", "service", "install", "--user", USER)
+    drop_in = bed.path(f"/etc/systemd/system/{UNIT}.d/vnet.conf")
+    assert drop_in.exists()
+    assert "-/srv/tsh" in bed.property_of(UNIT, "ReadWritePaths").split()
     wait_until_it_answers(bed)
     assert bed.property_of(UNIT, "UnitFileState") == "enabled"
     written = {path for path in new_files(bed, installed) if path.startswith("/usr")}
@@ -107,7 +128,7 @@ def test_of_a_purged_package_nothing_is_left(bare, package):
     assert bed.health() == "none"
     assert not bed.path("/sys/class/net/vnet0").exists()
     assert not bed.path("/run/vnet").exists()
-    left = {"/etc/vnet", "/etc/vnet/vnet.toml", "/var/lib/vnet"}
+    left = {"/etc/vnet", "/etc/vnet/vnet.toml", "/etc/vnet/environment", "/var/lib/vnet"}
     assert new_files(bed, before) == left
 
     said = bed.output("dpkg", "--purge", "vnet")

@@ -105,6 +105,18 @@ def test_the_workers_are_confined_in_full(served):
         assert worker["confinement"]["capabilities"] == [], worker["name"]
 
 
+def test_of_all_homes_only_the_users_tsh_home_can_be_written_to(served):
+    inside = ("nsenter", f"--target={main_pid(served)}", "--mount", "--")
+    written = served.path(f"/home/{USER}/.tsh/written-by-a-test")
+    served.output(*inside, "touch", f"/home/{USER}/.tsh/{written.name}")
+    assert written.exists()
+    written.unlink()
+    for path in (f"/home/{USER}/x", f"/home/{USER}/.ssh/config", "/home/bob/.tsh", "/root/x"):
+        done = served.run(*inside, "touch", path)
+        assert b"Read-only" in done.stderr or b"No such file" in done.stderr, (path, done.stderr)
+        assert not served.path(path).exists()
+
+
 def test_systemctl_status_shows_how_vnet_is(served):
     wait_until(lambda: "healthy" in served.systemctl("status", UNIT), "the status line is there")
     assert served.property_of(UNIT, "StatusText") == "healthy"

@@ -1,4 +1,4 @@
-"""Readiness of the relays' sockets: one epoll set of ours, nested in the event loop's.
+"""Readiness of the relays' sockets: one epoll set of ours, nested in the event loop's (macOS: kqueue).
 
 Uvloop's `add_reader` does not fit. When a reset follows data (EPOLLERR with EPOLLIN), libuv calls
 back once and stops watching, so a callback that reads once would never see the reset. It also
@@ -8,13 +8,15 @@ about connections that die while nobody reads them.
 
 import asyncio
 import select
+import sys
 from collections.abc import Callable
 
+from workers.proxy.kqueue_set import KqueueSet
 from workers.proxy.tls import TlsMemory
 
-READABLE = select.EPOLLIN
-WRITABLE = select.EPOLLOUT
-DEAD = select.EPOLLERR | select.EPOLLHUP  # reported whether asked for or not
+READABLE = select.POLLIN
+WRITABLE = select.POLLOUT
+DEAD = select.POLLERR | select.POLLHUP  # reported whether asked for or not
 
 # Handled per turn of the event loop; the rest stays ready for the next turn.
 _MAX_EVENTS = 64
@@ -28,7 +30,7 @@ class Reactor:
     def __init__(self, loop: asyncio.AbstractEventLoop, memory: TlsMemory | None = None) -> None:
         """`memory` is what all TLS connections of this loop share; made here if not given."""
         self._loop = loop
-        self._epoll = select.epoll()
+        self._epoll = select.epoll() if sys.platform == "linux" else KqueueSet()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self.memory = memory or TlsMemory()
         loop.add_reader(self._epoll.fileno(), self._dispatch)

@@ -1,0 +1,1 @@
+"""What VNet asks of macOS. Never run on a real machine: see docs/macos.md."""

@@ -235,6 +235,7 @@ class _Demo:
         status = 1
         try:
             linux.die_with_parent()
+            linux.drop_capabilities_on_exec()  # for what runs on SSH nodes
             self.home.mkdir(mode=0o700)
             with os.fdopen(writer, "w") as pipe:
                 asyncio.run(self._serve(pipe))
@@ -363,4 +364,7 @@ class _Demo:
 
     def _explain(self) -> None:
         root = self.clusters.roots[0]
-        _say(f"VNet runs in a private network; try: curl http://{root.apps[0].public_addr}/")
+        tries = [f"curl http://{app.public_addr}/" for app in root.apps[:1]]
+        config = "$TELEPORT_HOME/vnet_ssh_config"
+        tries += [f"ssh -F {config} {node.hostname}.{root.name}" for node in root.nodes[:1]]
+        _say(f"VNet runs in a private network; try: {', or '.join(tries) or 'vnet status'}")

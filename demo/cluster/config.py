@@ -25,6 +25,7 @@ BUILTIN_SUFFIX = ".backend.internal"
 _NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*", re.ASCII)
 # These names become file names below keys/ (section 1.3 of the key path layout).
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]{0,127}", re.ASCII)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=253)]
 # A common name has at most 64 characters (X.520 ub-common-name), which `cryptography` enforces.
@@ -76,11 +77,33 @@ class App(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One SSH server; without `addr` the cluster runs a small one itself."""
+    """One SSH server; without `addr` the cluster runs a small one itself.
+
+    `uuid` is the host ID; empty means that one is made up at the start.
+    """
 
     hostname: Text
     addr: Annotated[str, Meta(max_length=253)] = ""
+    uuid: Annotated[str, Meta(max_length=36)] = ""
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
     session_mfa: bool = False
+    allowed_roles: tuple[Text, ...] = ("access",)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `addr`, which must not be empty."""
+        host, _, port = self.addr.rpartition(":")
+        return host, int(port)
+
+    def is_called(self, host: str, port: int) -> bool:
+        """Whether a client means this node; port 0 stands for any.
+
+        Without an address a node is reached through a tunnel, whatever the port.
+        """
+        if not self.addr:
+            return host in {self.hostname, self.uuid}
+        own_host, own_port = self.address
+        return host in {self.hostname, self.uuid, own_host} and port in {0, own_port}
 
 
 class Database(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,6 +147,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tls_routing: bool = True
     ssh_proxy_port: Annotated[int, Meta(ge=0, le=65535)] = 0
     conn_upgrade_required: bool = False
+    session_recording: Literal["node", "proxy"] = "node"
     ping_interval_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
     apps: tuple[App, ...] = ()
     generated_apps: Annotated[int, Meta(ge=0, le=100_000)] = 0
@@ -224,8 +248,11 @@ def _check_cluster(cluster: Cluster, where: str) -> Cluster:
     )
     _check_unique((app.name for app in apps), f"{where}.apps", "name")
     _check_unique((app.public_addr for app in apps), f"{where}.apps", "public_addr")
-    _check_unique((node.hostname for node in cluster.nodes), f"{where}.nodes", "hostname")
+    _check_unique((node.uuid for node in cluster.nodes if node.uuid), f"{where}.nodes", "uuid")
     for index, node in enumerate(cluster.nodes):
+        _check_name(node.hostname, f"{where}.nodes[{index}].hostname")
+        if node.uuid and not _UUID.fullmatch(node.uuid):
+            raise ClusterFileError(f"{where}.nodes[{index}].uuid: {node.uuid!r} is no UUID")
         if node.addr:
             _check_address(node.addr, f"{where}.nodes[{index}].addr")
     _check_unique((database.name for database in cluster.databases), f"{where}.databases", "name")
@@ -316,6 +343,7 @@ def default_clusters(
             app("echo", "demo.test", port=7),
             app("ports", "demo.test", tcp_ports=(PortRange(port=8000, end_port=8010),)),
         ),
+        nodes=(Node(hostname="node1"),),
     )
     leaf = Cluster(
         name="leaf.demo.test",

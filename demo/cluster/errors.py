@@ -55,3 +55,11 @@ class TruncatedStreamError(EmbeddedClusterError):
 
 class NotFoundError(EmbeddedClusterError):
     """What is asked for does not exist; becomes NOT_FOUND."""
+
+
+class Http2Error(EmbeddedClusterError):
+    """A client breaks HTTP/2; `code` says how (RFC 9113 section 7)."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code

@@ -24,13 +24,19 @@ TAKEN_SUFFIX = ".taken"
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]{0,63}", re.ASCII)
 _MAX_CLOCK_SECONDS = 10 * 365 * 86400
 
+# What can be wrong with the host certificates of SSH nodes; `plain_key`: there is none.
+HOST_CERTIFICATE_FAULTS = frozenset(
+    {"expired", "not_yet_valid", "wrong_principal", "wrong_ca", "user_type", "plain_key"}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Faults:
     """Which faults are on. The user's documentation says what each does.
 
     `slow_list_seconds` delays each listing, `clock_seconds` is how far the clusters' clocks are
-    ahead, `deny` is the text GenerateUserCerts refuses with, `other_user` who is logged in.
+    ahead, `deny` is the text GenerateUserCerts refuses with, `other_user` who is logged in,
+    `host_certificate` what is wrong with those of SSH nodes.
     """
 
     auth_down: bool = False
@@ -48,6 +54,8 @@ class Faults:
     clock_seconds: float = 0.0
     deny: str = ""
     other_user: str = ""
+    host_certificate: str = ""
+    node_offline: frozenset[str] = frozenset()
     leaf_offline: frozenset[str] = frozenset()
 
 
@@ -86,6 +94,10 @@ def _with_fault(faults: Faults, line: str) -> Faults | None:
             return replace(faults, clock_seconds=seconds)
         case ["leaf_offline", name]:
             return replace(faults, leaf_offline=faults.leaf_offline | {name})
+        case ["node_offline", name]:
+            return replace(faults, node_offline=faults.node_offline | {name})
+        case ["host_certificate", kind] if kind in HOST_CERTIFICATE_FAULTS:
+            return replace(faults, host_certificate=kind)
         case ["other_user", name] if _USER.fullmatch(name):
             return replace(faults, other_user=name)
         case ["deny", _, *_]:

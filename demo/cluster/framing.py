@@ -28,7 +28,6 @@ class FrameDecoder:
         self._max_frame_bytes = max_frame_bytes
         self._header = b""
         self._missing = 0
-        self.pings = 0
 
     @property
     def is_inside_frame(self) -> bool:
@@ -61,6 +60,4 @@ class FrameDecoder:
         self._header = b""
         if length > self._max_frame_bytes:
             raise FramingError(f"a frame of {length} bytes, {self._max_frame_bytes} are allowed")
-        if length == 0:
-            self.pings += 1
         self._missing = length

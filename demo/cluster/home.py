@@ -57,19 +57,19 @@ def prepare_home(home: Path, web_ca: bytes) -> None:
             raise HomeError(f"{home} holds a real login ({profiles[0].name}): name another --home")
         for profile in profiles:
             profile.unlink()
-        _write(home / WEB_CA_FILE, web_ca, 0o644)
+        write_file(home / WEB_CA_FILE, web_ca, 0o644)
     except OSError as error:
         raise HomeError(f"{home} cannot be written: {error.strerror}") from error
 
 
 def write_totp_secret(home: Path, secret: str) -> None:
     """Writes the demo user's one-time password secret (base32), as an authenticator app has it."""
-    _write(home / "totp-secret", f"{secret}\n".encode())
+    write_file(home / "totp-secret", f"{secret}\n".encode())
 
 
 def write_webauthn_credential(home: Path, document: bytes) -> None:
     """Writes the demo user's security key (JSON), for a software authenticator."""
-    _write(home / "webauthn-credential.json", document)
+    write_file(home / "webauthn-credential.json", document)
 
 
 def write_login(home: Path, login: Login) -> None:
@@ -78,20 +78,20 @@ def write_login(home: Path, login: Login) -> None:
     for directory in (home / "keys", keys, keys / f"{login.user}-ssh"):
         directory.mkdir(mode=0o700, exist_ok=True)
     write_authorities(home, login)
-    _write(keys / login.user, login.ssh_key)
-    _write(keys / f"{login.user}.pub", login.ssh_public)
+    write_file(keys / login.user, login.ssh_key)
+    write_file(keys / f"{login.user}.pub", login.ssh_public)
     if login.layout > LAST_LAYOUT_WITH_ONE_KEY:
-        _write(keys / f"{login.user}.key", login.tls_key)
+        write_file(keys / f"{login.user}.key", login.tls_key)
     write_certificates(home, login)
-    _write(home / f"{login.proxy_host}.yaml", _profile(login), 0o660)
+    write_file(home / f"{login.proxy_host}.yaml", _profile(login), 0o660)
 
 
 def write_certificates(home: Path, login: Login) -> None:
     """Replaces only the user's certificates, as a new login with the same keys would."""
     keys = home / "keys" / login.proxy_host
     suffix = ".crt" if login.layout > LAST_LAYOUT_WITH_ONE_KEY else "-x509.pem"
-    _write(keys / f"{login.user}-ssh" / f"{login.cluster}-cert.pub", login.ssh_certificate)
-    _write(keys / f"{login.user}{suffix}", login.tls_certificate)
+    write_file(keys / f"{login.user}-ssh" / f"{login.cluster}-cert.pub", login.ssh_certificate)
+    write_file(keys / f"{login.user}{suffix}", login.tls_certificate)
 
 
 def write_authorities(home: Path, login: Login) -> None:
@@ -99,7 +99,7 @@ def write_authorities(home: Path, login: Login) -> None:
     directory = home / "keys" / login.proxy_host / "cas"
     directory.mkdir(mode=0o700, exist_ok=True)
     for cluster, pem in login.host_authorities.items():
-        _write(directory / f"{cluster}.pem", pem)
+        write_file(directory / f"{cluster}.pem", pem)
 
 
 def write_shared(home: Path, logins: tuple[Login, ...]) -> None:
@@ -110,8 +110,8 @@ def write_shared(home: Path, logins: tuple[Login, ...]) -> None:
         for cluster, keys in login.host_ssh_keys.items()
         for key in keys
     ]
-    _write(home / "known_hosts", b"".join(lines))
-    _write(home / "current-profile", f"{logins[0].proxy_host}\n".encode(), 0o660)
+    write_file(home / "known_hosts", b"".join(lines))
+    write_file(home / "current-profile", f"{logins[0].proxy_host}\n".encode(), 0o660)
 
 
 def remove_logins(home: Path) -> None:
@@ -147,7 +147,7 @@ def _profile(login: Login) -> bytes:
     return yaml.safe_dump(values, sort_keys=False).encode()
 
 
-def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
+def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replaces a file in one step, so that a reader never sees half of it."""
     # Hidden and without a suffix that tsh's profile listing would pick up.
     temporary = path.with_name(f".{path.name}.new")

@@ -3,7 +3,7 @@
 first handler in the client's order        what happens on the web port
 http/1.1, h2, or an empty list             web stack, web certificate
 teleport-auth@<cluster>                    bytes to that cluster's auth server, unread (*)
-teleport-proxy-ssh-grpc                    bytes to the transport service, unread
+teleport-proxy-ssh-grpc                    the transport service, with a certificate of its own
 teleport-tcp, a database's                 where the client certificate leads to, web certificate
   with -ping                               the same in frames
 none                                       closed
@@ -21,7 +21,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -37,6 +37,7 @@ from demo.cluster.clienthello import ClientHello, parse_client_hello
 from demo.cluster.databases import serve_database
 from demo.cluster.errors import AccessError, EmbeddedClusterError, TruncatedStreamError
 from demo.cluster.identity import DatabaseRoute, Identity, decode_peer
+from demo.cluster.nodes import Nodes
 from demo.cluster.pingstream import PingStream
 from demo.cluster.routes import HTTP, WEB, Kind, Route, choose_route
 from demo.cluster.state import API_DOMAIN, ClusterState, authorize_app, authorize_database
@@ -65,10 +66,14 @@ _NO_APPLICATION_PROTOCOL = b"\x15\x03\x03\0\2\2\x78"
 
 @dataclass(slots=True)
 class _Connection:
-    """What a connection turned out to be for; `cluster` is the one it leads to."""
+    """What a connection turned out to be for; `cluster` is the one it leads to.
+
+    `client` is the address it came from.
+    """
 
     kind: Kind = Kind.NEW
     cluster: str = ""
+    client: str = ""
 
 
 _Serve = Callable[[_Connection, ByteStream], Awaitable[None]]
@@ -83,12 +88,13 @@ class Proxy:
         web_ca: Authority,
         auth_addresses: Mapping[str, tuple[str, int]],
         backends: Backends,
+        nodes: Nodes,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self._state = state
         self._web_ca = web_ca
         self._auth = AuthDialer(state, auth_addresses)
-        self._transport = TransportServer(state, self._auth)
+        self._transport = TransportServer(state, self._auth, nodes)
         self._backends = backends
         self._max_connections = max_connections
         self._servers: list[asyncio.Server] = []
@@ -113,7 +119,7 @@ class Proxy:
 
     async def listen(self, web: socket.socket, ssh: socket.socket | None) -> None:
         """Starts to accept on bound sockets, which belong to the proxy from now on."""
-        await self._transport.start(self._host_pair)
+        self._transport.reload(self._host_pair)
         ports: list[tuple[socket.socket, _Serve]] = [(web, self._serve_web_port)]
         if ssh is not None:
             ports.append((ssh, self._serve_ssh_port))
@@ -136,15 +142,20 @@ class Proxy:
         """Stops listening and ends every connection."""
         self.stop_listening()
         await self.drop(*Kind)
-        await self._transport.stop()
+
+    def drop_nodes(self, names: Container[str]) -> None:
+        """Ends the streams to nodes with one of these names or UUIDs."""
+        self._transport.drop_nodes(names)
 
     async def drop(self, *kinds: Kind, cluster: str | None = None) -> None:
         """Ends the connections of these kinds at once; of one cluster, if one is named.
 
-        Streams of the transport service to auth servers are of the kind AUTH.
+        Streams of the transport service to auth servers are of the kind AUTH, to nodes NODE.
         """
         if Kind.AUTH in kinds:
             self._transport.drop(cluster)
+        if Kind.NODE in kinds:
+            self._transport.drop_nodes((), cluster)
         tasks = [
             task
             for task, connection in self._connections.items()
@@ -164,7 +175,8 @@ class Proxy:
             logger.warning("connection refused: stopped, or %d are open", len(self._connections))
             writer.transport.abort()
             return
-        connection = self._connections[task] = _Connection()
+        peer = writer.get_extra_info("peername")
+        connection = self._connections[task] = _Connection(client=peer[0] if peer else "")
         try:
             async with closing(writer):
                 await serve(connection, TcpStream(reader, writer))
@@ -187,7 +199,7 @@ class Proxy:
             await stream.write(_NO_APPLICATION_PROTOCOL)
             return
         connection.kind = Kind.TRANSPORT
-        await self._forward_to_transport(whole)
+        await self._transport.serve(whole, connection.client)
 
     async def _serve_web_port(self, connection: _Connection, stream: ByteStream) -> None:
         await self._serve_tls(connection, stream, is_inner=False)
@@ -206,7 +218,7 @@ class Proxy:
             await forward(stream, await self._auth.dial(route.cluster))
             return
         if route.kind is Kind.TRANSPORT:
-            await self._forward_to_transport(stream)
+            await self._transport.serve(stream, connection.client)
             return
         tls = TlsStream(stream, self._context(route, is_inner=is_inner))
         async with asyncio.timeout(HANDSHAKE_SECONDS):
@@ -239,9 +251,6 @@ class Proxy:
                 self._state.tune(context)
             self._contexts[key] = context
         return self._contexts[key]
-
-    async def _forward_to_transport(self, stream: ByteStream) -> None:
-        await forward(stream, await asyncio.open_connection(*self._transport.address))
 
     # -- web --
 

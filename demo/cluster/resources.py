@@ -205,7 +205,7 @@ def _rows_of(state: ClusterState, kind: str) -> Iterable[Row]:
     if kind == "app_server":
         return (_app_row(state, app) for app in state.apps.all)
     if kind == "node":
-        return (_node_row(state, node) for node in state.config.nodes)
+        return (_node_row(node) for node in state.config.nodes)
     return (_database_row(state, database) for database in state.config.databases)
 
 
@@ -282,19 +282,19 @@ def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2, len(content)]) + content
 
 
-def _node_row(state: ClusterState, node: Node) -> Row:
-    host_id = f"{state.host_id}-{node.hostname}"
+def _node_row(node: Node) -> Row:
     spec = {"resource.spec.hostname": node.hostname, "resource.spec.addr": node.addr}
-    return Row(host_id, _fields(host_id, {}, spec), partial(_node_resource, host_id, node))
+    fields = _fields(node.uuid, node.labels, spec)
+    return Row(node.uuid, fields, partial(_node_resource, node), frozenset(node.allowed_roles))
 
 
-def _node_resource(host_id: str, node: Node) -> auth_pb2.PaginatedResource:
+def _node_resource(node: Node) -> auth_pb2.PaginatedResource:
     spec = types_pb2.ServerSpecV2(
         Addr=node.addr, Hostname=node.hostname, UseTunnel=not node.addr, Version=SERVER_VERSION
     )
     spec.MergeFromString(_field(5, _empty_rotation()))
     server = types_pb2.ServerV2(
-        Kind="node", Version="v2", Metadata=_metadata(host_id, {}), Spec=spec
+        Kind="node", Version="v2", Metadata=_metadata(node.uuid, node.labels), Spec=spec
     )
     return auth_pb2.PaginatedResource(Node=server)
 

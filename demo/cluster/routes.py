@@ -42,6 +42,7 @@ class Kind(Enum):
     TRANSPORT = "transport"
     APP = "app"
     DATABASE = "database"
+    NODE = "node"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,4 @@
-"""The embedded clusters as a whole: authorities, listeners, tsh home, faults.
-
-Not served yet, though the cluster file may ask for it: SSH nodes.
-"""
+"""The embedded clusters as a whole: authorities, listeners, tsh home, faults."""
 
 import asyncio
 import base64
@@ -24,6 +21,8 @@ from demo.cluster.config import ClusterFile
 from demo.cluster.faults import NO_FAULTS, Faults, watch_faults
 from demo.cluster.home import prepare_home, write_totp_secret, write_webauthn_credential
 from demo.cluster.logins import Logins
+from demo.cluster.node_files import write_node_files
+from demo.cluster.nodes import Nodes
 from demo.cluster.proxy import Proxy
 from demo.cluster.routes import Kind
 from demo.cluster.state import ClusterState, make_state
@@ -56,6 +55,7 @@ class EmbeddedCluster:
         self._auth_servers: list[AuthServer] = []
         self._auth_addresses: dict[str, tuple[str, int]] = {}
         self._backends = Backends()
+        self._nodes = Nodes()
         self._logins = Logins(home, self._roots)
         self._watchers: list[asyncio.Task[None]] = []
         self._faults = NO_FAULTS
@@ -112,10 +112,11 @@ class EmbeddedCluster:
             self._auth_addresses[state.name] = auth.address
         for root in self._roots():
             sockets = self._bind(root)
-            proxy = Proxy(root, web_ca, self._auth_addresses, self._backends)
+            proxy = Proxy(root, web_ca, self._auth_addresses, self._backends, self._nodes)
             self._proxies[root.name] = proxy
             await proxy.listen(*sockets)
         self._logins.write()
+        self._write_node_files()
         for name, watch in ((FAULTS_FILE, self._watch_faults), (APPS_FILE, self._watch_apps)):
             self._watchers.append(asyncio.create_task(watch(self._home / name), name=name))
 
@@ -130,12 +131,11 @@ class EmbeddedCluster:
         for auth in self._auth_servers:
             await auth.stop()
         await self._backends.stop()
+        await self._nodes.stop()
 
     def _make_states(self, totp_secret: str, key: SecurityKey, now: datetime) -> None:
         for cluster in self._config.clusters:
             self._states[cluster.name] = make_state(cluster, totp_secret, key, now)
-            if cluster.nodes:
-                logger.warning("%s: nodes are listed, not served", cluster.name)
         for state in self._states.values():
             if state.config.leaf_of:
                 state.root = self._states[state.config.leaf_of]
@@ -188,9 +188,20 @@ class EmbeddedCluster:
             self._rotate(is_beginning=faults.rotate_ca)
         if faults.rotate_ca != before.rotate_ca or faults.clock_seconds != before.clock_seconds:
             self._reload_contexts()
+        if (faults.rotate_ca, faults.host_certificate, faults.clock_seconds) != (
+            *(before.rotate_ca, before.host_certificate, before.clock_seconds),
+        ):
+            self._write_node_files()
         self._logins.apply(faults)
         for root in self._roots():
             await self._apply_to_proxy(root, faults)
+
+    def _write_node_files(self) -> None:
+        """For whoever runs an sshd at the address of a node."""
+        for state in self._states.values():
+            for node in state.config.nodes:
+                if node.addr:
+                    write_node_files(self._home, state, node, self._nodes.key(node))
 
     def _rotate(self, *, is_beginning: bool) -> None:
         """The authorities change first, then the home, then what the servers show."""
@@ -216,7 +227,8 @@ class EmbeddedCluster:
         if faults.auth_down or faults.expire_login:
             await proxy.drop(Kind.AUTH)
         for leaf in faults.leaf_offline:
-            await proxy.drop(Kind.AUTH, Kind.APP, Kind.DATABASE, cluster=leaf)
+            await proxy.drop(Kind.AUTH, Kind.APP, Kind.DATABASE, Kind.NODE, cluster=leaf)
+        proxy.drop_nodes(faults.node_offline)
         if faults.close_apps:
             await proxy.drop(Kind.APP, Kind.DATABASE)
 

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import functools
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -27,7 +27,7 @@ from demo.cluster.errors import (
 )
 from demo.cluster.identity import Identity, decode_peer
 from demo.cluster.resources import MAX_PAGE, ZERO_TIME, Listing, Listings, Page, Query
-from demo.cluster.state import MIN_CLIENT_MAJOR, SERVER_VERSION, ClusterState
+from demo.cluster.state import MIN_CLIENT_MAJOR, SERVER_VERSION, ClusterState, may_use
 from demo.cluster.usercerts import generate_user_certs
 from workers.proxy.teleport.pb import (
     auth_grpc,
@@ -73,25 +73,33 @@ def _statuses() -> Iterator[None]:
 
 
 def request_check(state: ClusterState) -> Callable[[RecvRequest], Coroutine[Any, Any, None]]:
-    """What runs before every call: faults, the client's version, its certificate."""
+    """What grpclib runs before every call: `check_call`."""
 
     async def check(event: RecvRequest) -> None:
-        while state.faults.hang:  # noqa: ASYNC110  # faults come from a file that is polled too
-            await asyncio.sleep(_HANG_POLL_SECONDS)
-        if state.faults.unavailable:
-            raise GRPCError(Status.UNAVAILABLE, "a fault keeps the auth server away")
-        version = event.metadata.get("version")
-        if version is not None and not is_supported_version(str(version)):
-            raise GRPCError(Status.PERMISSION_DENIED, "client version is unsupported")
-        with _statuses():
-            caller = decode_peer(event.peer.cert())
-            if caller.usage:
-                raise AccessError("access denied: invalid client certificate")
-            # TLS sees to it, but for a clock of our own.
-            if not caller.is_current(state.now()):
-                raise AccessError("access denied: client credentials have expired, please relogin.")
+        await check_call(state, event.metadata.get("version"), event.peer.cert())
 
     return check
+
+
+async def check_call(state: ClusterState, version: object, peer: Mapping[str, Any] | None) -> None:
+    """Looks at faults, the client's version (None: it names none) and its certificate.
+
+    Raises:
+        GRPCError: the call is refused.
+    """
+    while state.faults.hang:  # noqa: ASYNC110  # faults come from a file that is polled too
+        await asyncio.sleep(_HANG_POLL_SECONDS)
+    if state.faults.unavailable:
+        raise GRPCError(Status.UNAVAILABLE, "a fault keeps the auth server away")
+    if version is not None and not is_supported_version(str(version)):
+        raise GRPCError(Status.PERMISSION_DENIED, "client version is unsupported")
+    with _statuses():
+        caller = decode_peer(peer)
+        if caller.usage:
+            raise AccessError("access denied: invalid client certificate")
+        # TLS sees to it, but for a clock of our own.
+        if not caller.is_current(state.now()):
+            raise AccessError("access denied: client credentials have expired, please relogin.")
 
 
 def unary(
@@ -166,11 +174,9 @@ class AuthService(auth_grpc.AuthServiceBase):
     async def ResolveSSHTarget(  # noqa: N802
         self, request: auth_pb2.ResolveSSHTargetRequest, _caller: Identity
     ) -> auth_pb2.ResolveSSHTargetResponse:
-        for row in self._listings.of("node"):
-            node = row.resource.Node
-            if request.host in {node.Spec.Hostname, node.Metadata.Name}:
-                return auth_pb2.ResolveSSHTargetResponse(server=node)
-        raise NotFoundError(f"no matching hosts for {request.host!r}")
+        found = self._state.find_node(request.host)
+        row = next(row for row in self._listings.of("node") if row.fields["name"] == found.uuid)
+        return auth_pb2.ResolveSSHTargetResponse(server=row.resource.Node)
 
     @unary
     async def GenerateUserCerts(  # noqa: N802
@@ -186,9 +192,9 @@ class AuthService(auth_grpc.AuthServiceBase):
 
     @unary
     async def IsMFARequired(  # noqa: N802
-        self, request: auth_pb2.IsMFARequiredRequest, _caller: Identity
+        self, request: auth_pb2.IsMFARequiredRequest, caller: Identity
     ) -> auth_pb2.IsMFARequiredResponse:
-        required = self._is_mfa_required(request)
+        required = self._is_mfa_required(request, caller)
         answer = auth_pb2.MFA_REQUIRED_YES if required else auth_pb2.MFA_REQUIRED_NO
         return auth_pb2.IsMFARequiredResponse(Required=required, MFARequired=answer)
 
@@ -201,7 +207,7 @@ class AuthService(auth_grpc.AuthServiceBase):
         if not request.HasField("ContextUser"):
             raise RequestError("only ContextUser challenges are available")
         has_check = request.HasField("MFARequiredCheck")
-        if has_check and not self._is_mfa_required(request.MFARequiredCheck):
+        if has_check and not self._is_mfa_required(request.MFARequiredCheck, caller):
             return auth_pb2.MFAAuthenticateChallenge(MFARequired=auth_pb2.MFA_REQUIRED_NO)
         challenge = self._state.factors.challenge(
             *(caller.user, request.ChallengeExtensions, self._state.proxy, self._state.now()),
@@ -211,15 +217,17 @@ class AuthService(auth_grpc.AuthServiceBase):
             challenge.MFARequired = auth_pb2.MFA_REQUIRED_YES
         return challenge
 
-    def _is_mfa_required(self, request: auth_pb2.IsMFARequiredRequest) -> bool:
+    def _is_mfa_required(self, request: auth_pb2.IsMFARequiredRequest, caller: Identity) -> bool:
         match request.WhichOneof("Target"):
             case "App":
                 asked = request.App.Name
                 found: App | Database | Node | None = self._state.apps.with_name(asked)
             case "Node":
                 asked = request.Node.Node
-                nodes = (node for node in self._state.config.nodes if node.hostname == asked)
-                found = next(nodes, None)
+                found = self._state.find_node(asked)
+                # Who may not log in anyway is not told what is there (lib/auth).
+                if not may_use(found, caller) or request.Node.Login not in caller.principals:
+                    return False
             case "Database":
                 asked = request.Database.ServiceName
                 found = self._state.find_database(asked)

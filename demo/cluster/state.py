@@ -14,7 +14,7 @@ import msgspec
 
 from demo.cluster.app_lists import generated_apps
 from demo.cluster.authorities import Authority, make_authority
-from demo.cluster.config import App, Cluster, Database
+from demo.cluster.config import App, Cluster, Database, Node
 from demo.cluster.errors import AccessError, NotFoundError
 from demo.cluster.faults import NO_FAULTS, Faults
 from demo.cluster.identity import USAGE_APPS, USAGE_DATABASES, AppRoute, Identity
@@ -191,6 +191,19 @@ class ClusterState:
         found = (database for database in self.config.databases if database.name == name)
         return next(found, None)
 
+    def find_node(self, host: str, port: int = 0) -> Node:
+        """The SSH server with this host name, UUID or address; port 0 stands for any.
+
+        Raises:
+            NotFoundError: there is none, or more than one.
+        """
+        found = [node for node in self.config.nodes if node.is_called(host, port)]
+        if not found:
+            raise NotFoundError(f"no matching hosts for {host!r}")
+        if len(found) > 1:
+            raise NotFoundError(f"{host!r} is ambiguous: {len(found)} hosts match; use a UUID")
+        return found[0]
+
     def roles_with(self, access_requests: Iterable[str]) -> tuple[str, ...]:
         """The user's own roles and those of these access requests.
 
@@ -224,8 +237,11 @@ class ClusterState:
 
 def make_state(config: Cluster, totp_secret: str, key: SecurityKey, now: datetime) -> ClusterState:
     """A cluster with new authorities, whose user has these second factors."""
+    nodes = (
+        msgspec.structs.replace(node, uuid=node.uuid or str(uuid.uuid4())) for node in config.nodes
+    )
     return ClusterState(
-        config=config,
+        config=msgspec.structs.replace(config, nodes=tuple(nodes)),
         user_ca=make_authority(config.name, now),
         host_ca=make_authority(config.name, now),
         factors=SecondFactors(config.mfa_devices, totp_secret, key),
@@ -234,8 +250,8 @@ def make_state(config: Cluster, totp_secret: str, key: SecurityKey, now: datetim
     )
 
 
-def may_use(resource: App | Database, identity: Identity) -> bool:
-    """Whether one of the user's roles allows the app or database."""
+def may_use(resource: App | Database | Node, identity: Identity) -> bool:
+    """Whether one of the user's roles allows the resource."""
     return not set(resource.allowed_roles).isdisjoint(identity.roles)
 
 

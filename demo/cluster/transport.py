@@ -1,44 +1,49 @@
-"""The transport service of the proxy: streams to auth servers, over gRPC with mutual TLS.
+"""The transport service of the proxy: streams to auth servers and SSH nodes, over gRPC.
 
-It has a loopback listener of its own, and the proxy forwards bytes to it unread, as a real one
-does (lib/service/service.go, lib/srv/transport/transportv1). The client's certificate must be of a
-user CA this cluster knows; a cluster's name in SNI narrows that to its own.
+With mutual TLS: the client's certificate must be of a user CA this cluster knows; a cluster's name
+in SNI narrows that to its own (lib/service/service.go, lib/srv/transport/transportv1).
 """
 
 import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from grpclib.const import Status
-from grpclib.events import RecvRequest, listen
 from grpclib.exceptions import GRPCError
-from grpclib.server import Server, Stream
 
 from demo.cluster.authorities import KeyPair
-from demo.cluster.errors import NotFoundError
+from demo.cluster.config import Node
+from demo.cluster.errors import (
+    AccessError,
+    IdentityError,
+    NotFoundError,
+    RequestError,
+    TruncatedStreamError,
+)
+from demo.cluster.grpc_calls import GrpcCall, GrpcConnection, Handler
+from demo.cluster.identity import decode_peer
+from demo.cluster.nodes import NodeLink, Nodes
 from demo.cluster.routes import HTTP2, TRANSPORT
-from demo.cluster.services import request_check
+from demo.cluster.services import check_call
 from demo.cluster.state import ClusterState, decode_cluster_name
-from demo.cluster.streams import Streams, abort, closing, listening_socket
-from demo.cluster.tls import server_context
-from workers.proxy.teleport.pb import transport_grpc, transport_pb2
+from demo.cluster.streams import ByteStream, Streams, abort, closing
+from demo.cluster.tls import HANDSHAKE_SECONDS, TlsStream, server_context
+from workers.proxy.teleport.pb import transport_pb2
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
+PATH = "/teleport.transport.v1.TransportService"
 # Go's gRPC offers them in this order (lib/service/service.go).
 PROTOCOLS = (HTTP2, TRANSPORT)
 # Real ones cut their streams, too: a message of gRPC has at most 4 MiB.
 FRAME_BYTES = 16 * 1024
-
-_ClusterStream = Stream[transport_pb2.ProxyClusterRequest, transport_pb2.ProxyClusterResponse]
-_SshStream = Stream[transport_pb2.ProxySSHRequest, transport_pb2.ProxySSHResponse]
-_DetailsStream = Stream[
-    transport_pb2.GetClusterDetailsRequest, transport_pb2.GetClusterDetailsResponse
-]
+# SSH is measured, and its clients take frames of any size.
+SSH_FRAME_BYTES = 64 * 1024
 
 
 class AuthDialer:
@@ -66,87 +71,173 @@ class AuthDialer:
 
 @dataclass(eq=False, slots=True)
 class _Tunnel:
-    """A stream that is carried to an auth server."""
+    """A stream that is carried to an auth server or to a node."""
 
     cluster: str
     writer: asyncio.StreamWriter
+    node: Node | None = None
     is_dropped: bool = False
 
+    def drop(self) -> None:
+        self.is_dropped = True
+        abort(self.writer)
 
-class TransportService(transport_grpc.TransportServiceBase):
-    """teleport.transport.v1.TransportService."""
 
-    def __init__(self, state: ClusterState, auth: AuthDialer) -> None:
+class TransportService:
+    """teleport.transport.v1.TransportService, for one client at a time."""
+
+    def __init__(self, state: ClusterState, auth: AuthDialer, nodes: Nodes) -> None:
         self._state = state
         self._auth = auth
+        self._nodes = nodes
         self._tunnels: set[_Tunnel] = set()
 
     def drop(self, cluster: str | None) -> None:
         """Ends the streams to auth servers; to that of one cluster, if one is named."""
         for tunnel in self._tunnels:
-            if cluster in {None, tunnel.cluster}:
-                tunnel.is_dropped = True
-                abort(tunnel.writer)
+            if tunnel.node is None and cluster in {None, tunnel.cluster}:
+                tunnel.drop()
 
-    async def GetClusterDetails(self, stream: _DetailsStream) -> None:  # noqa: N802
-        await stream.recv_message()
+    def drop_nodes(self, names: Container[str], cluster: str | None = None) -> None:
+        """Ends the streams to nodes with one of these names or UUIDs, or of this cluster."""
+        for tunnel in self._tunnels:
+            node = tunnel.node
+            if node and (node.hostname in names or node.uuid in names or tunnel.cluster == cluster):
+                tunnel.drop()
+
+    def handlers(self, peer: Mapping[str, Any] | None, address: str) -> dict[str, Handler]:
+        """The methods by path, for a client with this certificate at this address."""
+        client = _Client(peer, address)
+        methods = {
+            "GetClusterDetails": self._get_cluster_details,
+            "ProxySSH": self._proxy_ssh,
+            "ProxyCluster": self._proxy_cluster,
+        }
+        return {
+            f"{PATH}/{name}": partial(self._check, how, client) for name, how in methods.items()
+        }
+
+    async def _check(self, method: "_Method", client: "_Client", call: GrpcCall) -> None:
+        await check_call(self._state, call.metadata.get("version"), client.peer)
+        await method(client, call)
+
+    async def _get_cluster_details(self, _client: "_Client", call: GrpcCall) -> None:
+        await call.receive()
         details = transport_pb2.ClusterDetails(fips_enabled=False)
-        await stream.send_message(transport_pb2.GetClusterDetailsResponse(details=details))
+        answer = transport_pb2.GetClusterDetailsResponse(details=details)
+        await call.send(answer.SerializeToString())
 
-    async def ProxySSH(self, stream: _SshStream) -> None:  # noqa: N802
-        """Finds the host, and then has no SSH server to connect to."""
-        request = await stream.recv_message()
-        if request is None or not request.HasField("dial_target"):
+    async def _proxy_ssh(self, client: "_Client", call: GrpcCall) -> None:
+        """Carries bytes to a node, until that one or the client's call has ended."""
+        request = transport_pb2.ProxySSHRequest.FromString(await call.receive() or b"")
+        if not request.HasField("dial_target"):
             raise GRPCError(Status.INVALID_ARGUMENT, "first message must contain a dial target")
-        target = request.dial_target
-        cluster = self._state.member(target.cluster or self._state.name)
-        host = target.host_port.rpartition(":")[0]
-        if cluster is None or all(node.hostname != host for node in cluster.config.nodes):
-            raise GRPCError(Status.NOT_FOUND, f"no matching hosts for {target.host_port!r}")
-        raise GRPCError(Status.UNIMPLEMENTED, "this cluster serves no SSH")
+        with _statuses():
+            cluster, node = self._find(request.dial_target)
+            async with self._nodes.dial(
+                cluster, node, decode_peer(client.peer), client.address
+            ) as link:
+                details = transport_pb2.ClusterDetails(fips_enabled=False)
+                first = transport_pb2.ProxySSHResponse(details=details)
+                await call.send(first.SerializeToString())
+                await self._carry(call, link, cluster.name)
 
-    async def ProxyCluster(self, stream: _ClusterStream) -> None:  # noqa: N802
-        """Carries bytes to an auth server until that one, or the client's call, has ended."""
-        request = await stream.recv_message()
-        if request is None or not request.cluster:
-            raise GRPCError(Status.INVALID_ARGUMENT, "first message must contain a cluster")
-        async with self._tunnel(request.cluster) as (reader, tunnel):
-            upload = asyncio.create_task(_upload(stream, tunnel.writer, request.frame.payload))
+    def _find(self, target: transport_pb2.TargetHost) -> tuple[ClusterState, Node]:
+        name = target.cluster or self._state.name
+        cluster = self._state.member(name)
+        if cluster is None:
+            raise NotFoundError(f"cluster {name!r} is not found")
+        if self._state.is_offline(name):
+            raise ConnectionRefusedError(f"cluster {name!r} is offline")
+        host, _, port = target.host_port.rpartition(":")
+        if not port.isascii() or not port.isdigit() or len(port) > 5:
+            raise RequestError(f"{target.host_port!r} is not HOST:PORT")
+        return cluster, cluster.find_node(host, int(port))
+
+    async def _carry(self, call: GrpcCall, link: NodeLink, cluster: str) -> None:
+        reader, writer = link.streams
+        helpers = [asyncio.create_task(_upload_ssh(call, link))]
+        if link.agent is not None:
+            helpers.append(asyncio.create_task(_ask_agent(call, link.agent[0])))
+        with self._listed(_Tunnel(cluster, writer, link.node)) as tunnel:
             try:
-                while data := await reader.read(FRAME_BYTES):
+                while data := await reader.read(SSH_FRAME_BYTES):
                     frame = transport_pb2.Frame(payload=data)
-                    await stream.send_message(transport_pb2.ProxyClusterResponse(frame=frame))
+                    answer = transport_pb2.ProxySSHResponse(ssh=frame)
+                    await call.send(answer.SerializeToString())
             except OSError as error:
-                logger.info("a stream to %s ended: %s", tunnel.cluster, error)
+                logger.info("a stream to node %s ended: %s", link.node.hostname, error)
             finally:
-                upload.cancel()
-                await asyncio.gather(upload, return_exceptions=True)
+                for helper in helpers:
+                    helper.cancel()
+                await asyncio.gather(*helpers, return_exceptions=True)
             if tunnel.is_dropped:
-                raise GRPCError(Status.UNAVAILABLE, f"cluster {tunnel.cluster!r} went away")
+                raise GRPCError(Status.UNAVAILABLE, f"node {link.node.hostname} went away")
 
-    @contextlib.asynccontextmanager
-    async def _tunnel(self, cluster: str) -> AsyncIterator[tuple[asyncio.StreamReader, _Tunnel]]:
-        try:
-            reader, writer = await self._auth.dial(cluster)
-        except NotFoundError as error:
-            raise GRPCError(Status.NOT_FOUND, str(error)) from error
-        except OSError as error:
-            raise GRPCError(Status.UNAVAILABLE, str(error)) from error
-        tunnel = _Tunnel(cluster, writer)
+    async def _proxy_cluster(self, _client: "_Client", call: GrpcCall) -> None:
+        """Carries bytes to an auth server until that one, or the client's call, has ended."""
+        request = transport_pb2.ProxyClusterRequest.FromString(await call.receive() or b"")
+        if not request.cluster:
+            raise GRPCError(Status.INVALID_ARGUMENT, "first message must contain a cluster")
+        with _statuses():
+            reader, writer = await self._auth.dial(request.cluster)
+        async with closing(writer):
+            with self._listed(_Tunnel(request.cluster, writer)) as tunnel:
+                upload = asyncio.create_task(_upload(call, writer, request.frame.payload))
+                try:
+                    while data := await reader.read(FRAME_BYTES):
+                        frame = transport_pb2.Frame(payload=data)
+                        answer = transport_pb2.ProxyClusterResponse(frame=frame)
+                        await call.send(answer.SerializeToString())
+                except OSError as error:
+                    logger.info("a stream to %s ended: %s", tunnel.cluster, error)
+                finally:
+                    upload.cancel()
+                    await asyncio.gather(upload, return_exceptions=True)
+                if tunnel.is_dropped:
+                    raise GRPCError(Status.UNAVAILABLE, f"cluster {tunnel.cluster!r} went away")
+
+    @contextlib.contextmanager
+    def _listed(self, tunnel: _Tunnel) -> Iterator[_Tunnel]:
         self._tunnels.add(tunnel)
         try:
-            async with closing(writer):
-                yield reader, tunnel
+            yield tunnel
         finally:
             self._tunnels.discard(tunnel)
 
 
-async def _upload(stream: _ClusterStream, writer: asyncio.StreamWriter, first: bytes) -> None:
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """Who calls: the verified certificate and the address the connection came from."""
+
+    peer: Mapping[str, Any] | None
+    address: str
+
+
+_Method = Callable[[_Client, GrpcCall], Awaitable[None]]
+
+
+@contextlib.contextmanager
+def _statuses() -> Iterator[None]:
+    """Turns refusals into gRPC statuses."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise GRPCError(Status.NOT_FOUND, str(error)) from error
+    except (AccessError, IdentityError) as error:
+        raise GRPCError(Status.PERMISSION_DENIED, str(error)) from error
+    except RequestError as error:
+        raise GRPCError(Status.INVALID_ARGUMENT, str(error)) from error
+    except OSError as error:
+        raise GRPCError(Status.UNAVAILABLE, str(error)) from error
+
+
+async def _upload(call: GrpcCall, writer: asyncio.StreamWriter, first: bytes) -> None:
     """Copies until the client has ended its side; a failure ends the other direction too."""
     try:
         writer.write(first)
-        while (request := await stream.recv_message()) is not None:
-            writer.write(request.frame.payload)
+        while (message := await call.receive()) is not None:
+            writer.write(transport_pb2.ProxyClusterRequest.FromString(message).frame.payload)
             await writer.drain()
         writer.write_eof()
     except Exception:
@@ -154,27 +245,42 @@ async def _upload(stream: _ClusterStream, writer: asyncio.StreamWriter, first: b
         raise
 
 
-class TransportServer:
-    """The listener of the transport service."""
+async def _upload_ssh(call: GrpcCall, link: NodeLink) -> None:
+    """Copies what the client sends to the node, and its agent's answers to who asked."""
+    writer = link.streams[1]
+    try:
+        while (message := await call.receive()) is not None:
+            request = transport_pb2.ProxySSHRequest.FromString(message)
+            if payload := request.ssh.payload:
+                writer.write(payload)
+                await writer.drain()
+            elif request.agent.payload and link.agent is not None:
+                link.agent[1].write(request.agent.payload)
+                await link.agent[1].drain()
+        writer.write_eof()
+    except Exception:
+        abort(writer)
+        raise
 
-    def __init__(self, state: ClusterState, auth: AuthDialer) -> None:
+
+async def _ask_agent(call: GrpcCall, questions: asyncio.StreamReader) -> None:
+    """Sends the client what its agent is asked."""
+    while data := await questions.read(FRAME_BYTES):
+        frame = transport_pb2.Frame(payload=data)
+        await call.send(transport_pb2.ProxySSHResponse(agent=frame).SerializeToString())
+
+
+class TransportServer:
+    """Serves the transport service on connections that the proxy has accepted."""
+
+    def __init__(self, state: ClusterState, auth: AuthDialer, nodes: Nodes) -> None:
         self._state = state
-        self._service = TransportService(state, auth)
-        self._server: Server | None = None
-        self.address = (LOOPBACK, 0)
+        self._service = TransportService(state, auth, nodes)
         self.drop = self._service.drop
+        self.drop_nodes = self._service.drop_nodes
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._listening = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._listening.sni_callback = self._choose
-
-    async def start(self, pair: KeyPair) -> None:
-        """Starts to serve, showing `pair`; `address` is set afterwards."""
-        self._server = Server([self._service])
-        listen(self._server, RecvRequest, request_check(self._state))
-        sock = listening_socket(LOOPBACK, 0)
-        self.address = sock.getsockname()
-        self.reload(pair)
-        await self._server.start(sock=sock, ssl=self._listening)
 
     def reload(self, pair: KeyPair) -> None:
         """Shows `pair` and takes the state's clock over for handshakes from now on."""
@@ -193,8 +299,16 @@ class TransportServer:
         name = decode_cluster_name(server_name or "") or ""
         tls.context = self._contexts.get(name, self._contexts[""])
 
-    async def stop(self) -> None:
-        """Ends all calls and connections."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
+    async def serve(self, stream: ByteStream, client_address: str) -> None:
+        """Serves one connection, TLS and all, until the client ends it.
+
+        Raises:
+            OSError, EmbeddedClusterError: the connection broke.
+        """
+        tls = TlsStream(stream, self._listening)
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            await tls.handshake()
+        connection = GrpcConnection(tls, self._service.handlers(tls.peer(), client_address))
+        # Clients of gRPC end TCP without close_notify.
+        with contextlib.suppress(TruncatedStreamError):
+            await connection.serve()

@@ -20,6 +20,7 @@ def test_each_line_is_one_fault():
 def test_every_fault_has_its_line():
     text = (
         "unavailable\nhang\nmfa_refused\nrotate_ca\nlogout\nno_vnet_config\nother_user bob@a.test\n"
+        "node_offline a\nnode_offline b\nhost_certificate expired\n"
         "clock -90.5\ndeny  access denied: requires a trusted device  # text\n"
     )
     assert parse_faults(text) == (
@@ -31,6 +32,8 @@ def test_every_fault_has_its_line():
             logout=True,
             no_vnet_config=True,
             other_user="bob@a.test",
+            node_offline=frozenset({"a", "b"}),
+            host_certificate="expired",
             clock_seconds=-90.5,
             deny="access denied: requires a trusted device",
         ),
@@ -39,7 +42,18 @@ def test_every_fault_has_its_line():
 
 
 @pytest.mark.parametrize(
-    "line", ["deny", "other_user", "other_user ../bob", "other_user a b", "clock", "clock 1e99"]
+    "line",
+    [
+        "node_offline",
+        "host_certificate",
+        "host_certificate odd",
+        "deny",
+        "other_user",
+        "other_user ../bob",
+        "other_user a b",
+        "clock",
+        "clock 1e99",
+    ],
 )
 def test_line_with_an_impossible_value_is_told(line):
     assert parse_faults(line) == (NO_FAULTS, (line,))

@@ -54,6 +54,7 @@ leaf_of = "root.example.test"
 ROOT = '[[clusters]]\nname = "r.test"\nproxy_addr = "p.r.test:443"\n'
 APP = ROOT + '[[clusters.apps]]\nname = "a"\n'
 DATABASE = "[[clusters.databases]]\nname = 'd'\nprotocol = 'postgres'\n"
+UUID = "00000000-0000-4000-8000-000000000001"
 TCP_APP = APP + 'uri = "tcp://h:1"\n'
 
 
@@ -127,6 +128,15 @@ def test_multi_port_app_leads_to_the_target_port():
         (TCP_APP + "public_addr = '-'\n", "clusters[0].apps[0].public_addr"),
         (TCP_APP + "[[clusters.apps]]\nname = 'A'\nuri = 'tcp://h:1'\n", "clusters[0].apps"),
         (ROOT + "[[clusters.nodes]]\nhostname = 'n'\naddr = 'n'\n", "clusters[0].nodes[0].addr"),
+        (ROOT + "[[clusters.nodes]]\nhostname = '../n'\n", "clusters[0].nodes[0].hostname"),
+        (ROOT + "[[clusters.nodes]]\nhostname = 'n'\nuuid = 'n'\n", "clusters[0].nodes[0].uuid"),
+        (
+            ROOT
+            + "nodes = [{ hostname = 'n', uuid = '%s' }, { hostname = 'm', uuid = '%s' }]\n"
+            % ((UUID,) * 2),
+            "clusters[0].nodes",
+        ),
+        (ROOT + "session_recording = 'off'\n", "session_recording"),
         (ROOT + "[[clusters.databases]]\nname = 'd'\nuri = 'h:1'\n", "protocol"),
         (ROOT + DATABASE + "uri = 'h'\n", "clusters[0].databases[0].uri"),
         (ROOT + DATABASE + "uri = 'h:0'\n", "clusters[0].databases[0].uri"),

@@ -1,6 +1,7 @@
 """A proxy without TLS routing, and the transport service it has in its place."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -356,16 +357,19 @@ def test_end_of_the_client_reaches_the_auth_server_and_ends_the_call(tmp_path):
 
 def test_end_of_the_auth_server_ends_the_call_of_a_client_that_goes_on(tmp_path):
     async def scenario(home):
-        async with transport(home) as stub, stub.ProxyCluster.open() as stream:
-            await stream.send_message(ClusterRequest(cluster="root.test"))
-            # No ClientHello: the auth server closes.
-            await stream.send_message(
-                ClusterRequest(frame=Frame(payload=b"GET / HTTP/1.0\r\n\r\n"))
-            )
-            async for _alert in stream:
-                pass
-            await stream.end()
-            await stream.recv_trailing_metadata()
+        # As Go's servers do, the stream is reset after the trailers: nobody reads what the client
+        # may still send. grpclib tells of whichever it sees first.
+        with contextlib.suppress(StreamTerminatedError):
+            async with transport(home) as stub, stub.ProxyCluster.open() as stream:
+                await stream.send_message(ClusterRequest(cluster="root.test"))
+                # No ClientHello: the auth server closes.
+                await stream.send_message(
+                    ClusterRequest(frame=Frame(payload=b"GET / HTTP/1.0\r\n\r\n"))
+                )
+                async for _alert in stream:
+                    pass
+                await stream.recv_trailing_metadata()
+                await stream.cancel()
 
     run(tmp_path, SEPARATE, scenario)
 
@@ -404,11 +408,11 @@ def test_ten_megabytes_pass_both_ways_through_a_stream(tmp_path):
         ("nowhere:0", "root.test", Status.NOT_FOUND),
         ("node1:0", "leaf.test", Status.NOT_FOUND),
         ("node1:0", "other.test", Status.NOT_FOUND),
-        ("node1:0", "root.test", Status.UNIMPLEMENTED),
-        ("node2:0", "leaf.test", Status.UNIMPLEMENTED),
+        ("node1", "root.test", Status.INVALID_ARGUMENT),
+        ("node1:x", "root.test", Status.INVALID_ARGUMENT),
     ],
 )
-def test_ssh_is_not_served(tmp_path, host_port, cluster, status):
+def test_ssh_to_no_node_is_refused(tmp_path, host_port, cluster, status):
     async def scenario(home):
         target = transport_pb2.TargetHost(host_port=host_port, cluster=cluster)
         async with transport(home) as stub, refused(status):

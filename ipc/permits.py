@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from ipc import messages as m
+from ipc import slots
 
 
 class Role(StrEnum):
@@ -20,12 +21,12 @@ class Role(StrEnum):
 
 
 def role_of(slot: str) -> Role:
-    """The role of a worker slot: `proxy-1` is a proxy.
+    """The role of a worker slot: `proxy-1` and `ssh` are proxies.
 
     Raises:
         ValueError: no role has that name.
     """
-    return Role(slot.split("-", 1)[0])
+    return Role.PROXY if slot == slots.SSH else Role(slot.split("-", 1)[0])
 
 
 # (speaker, listener) -> what may be said.
@@ -35,7 +36,15 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
     (Role.DNS, Role.PROXY): frozenset({m.ResolveName, m.ResolveAddress}),
     (Role.PROXY, Role.DNS): frozenset({m.NameResolved, m.AddressResolved}),
     (Role.SUPERVISOR, Role.TUN): frozenset(
-        {m.ConfigureTun, m.NetworkChanged, m.SetLogLevel, m.Drain, m.TakeOver, m.Stop}
+        {
+            m.ConfigureTun,
+            m.NetworkChanged,
+            m.RedirectsChanged,
+            m.SetLogLevel,
+            m.Drain,
+            m.TakeOver,
+            m.Stop,
+        }
     ),
     (Role.SUPERVISOR, Role.DNS): frozenset(
         {

@@ -6,15 +6,22 @@ refuses it at once: the reset is the answer. So no virtual address is taken from
 
 from typing import Final
 
+from ipc import slots
+
 FIRST_PROBE_PORT: Final = 47_000
+_SSH_PROBE_PORT: Final = FIRST_PROBE_PORT - 1
 
 
-def probe_port(index: int) -> int:
-    """The port that is put to the proxy with this index."""
-    return FIRST_PROBE_PORT + index
+def probe_port(slot: str) -> int:
+    """The port that is put to the proxy in this slot."""
+    return _SSH_PROBE_PORT if slot == slots.SSH else FIRST_PROBE_PORT + slots.number_of(slot)
 
 
-def probed_proxy(dns_ipv4: bytes, proxies: int, address: bytes, port: int) -> int | None:
-    """Index of the proxy that is probed at this packed address and port, or None."""
+def probed_proxy(dns_ipv4: bytes, proxies: int, address: bytes, port: int) -> str | None:
+    """Slot of the proxy that is probed at this packed address and port, or None."""
+    if address != dns_ipv4:
+        return None
+    if port == _SSH_PROBE_PORT:
+        return slots.SSH
     index = port - FIRST_PROBE_PORT
-    return index if address == dns_ipv4 and 0 <= index < proxies else None
+    return slots.numbered(index) if 0 <= index < proxies else None

@@ -1,13 +1,17 @@
 """The first message to each worker: its own part of the configuration. Pure."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ipc import messages as m
 from ipc.curve import make_key_pair
 from ipc.permits import Role, role_of
+from ipc.slots import SSH, of_numbered, of_proxies
 from supervisor.settings import Settings
 
+# Of one message; the largest fits into one datagram (`ipc.codec`).
+MAX_REDIRECTS = 1000
 # Held SYNs: more programs than this do not connect at the same moment.
 MAX_PENDING = 1024
 # How long a connect may wait for certificate and dial. A certificate may take a second factor, which
@@ -26,20 +30,23 @@ class Surroundings:
     bus_dir: Path
     book_path: Path
     prompts_dir: Path
+    max_listeners: int = 1  # of each proxy
+    data_plane: m.DataPlaneKind = m.DataPlaneKind.NAMESPACE
+    has_family_header: bool = False
 
 
 def slots(proxies: int) -> list[str]:
     """All worker slots in the order in which they are started."""
-    return ["tun", *(f"proxy-{index}" for index in range(proxies)), "dns"]
+    return ["tun", *of_proxies(proxies), "dns"]
 
 
 def make_keys(proxies: int) -> dict[str, m.BusKeys]:
     """A key pair per slot; the peers of each are only those it talks with (`ipc.permits`)."""
     pairs = {slot: make_key_pair() for slot in slots(proxies)}
-    proxy_slots = [slot for slot in pairs if role_of(slot) is Role.PROXY]
+    peers_of = {"tun": of_proxies(proxies), "dns": of_numbered(proxies), SSH: ["tun"]}
     keys = {}
     for slot, (public, secret) in pairs.items():
-        peers = ["tun", "dns"] if slot in proxy_slots else proxy_slots
+        peers = peers_of.get(slot, ["tun", "dns"])
         keys[slot] = m.BusKeys(
             public=public, secret=secret, peers={peer: pairs[peer][0] for peer in peers}
         )
@@ -72,6 +79,8 @@ def configuration(
                 network=around.network,
                 max_pending=MAX_PENDING,
                 pending_seconds=PENDING_SECONDS,
+                data_plane=around.data_plane,
+                has_family_header=around.has_family_header,
             )
         case Role.DNS:
             return m.ConfigureDns(
@@ -84,16 +93,25 @@ def configuration(
             return m.ConfigureProxy(
                 common=common,
                 network=around.network,
-                index=int(slot.rpartition("-")[2]),
                 teleport_home=str(settings.teleport_home),
                 user_home=str(settings.user.home),
                 book_path=str(around.book_path),
                 prompts_dir=str(around.prompts_dir),
+                max_listeners=around.max_listeners,
                 max_connections=-(-config.proxy.max_connections // config.proxy.workers),
                 ca_file=expand(config.teleport.ca_file, settings.user.home),
                 insecure=config.teleport.insecure,
                 mfa_seconds=config.teleport.mfa_seconds,
             )
+
+
+def redirects(table: Sequence[m.Redirect]) -> Iterator[m.RedirectsChanged]:
+    """The whole table, or what has changed in it, as messages to tun; at least one."""
+    for start in range(0, max(1, len(table)), MAX_REDIRECTS):
+        yield m.RedirectsChanged(
+            redirects=list(table[start : start + MAX_REDIRECTS]),
+            is_complete=start + MAX_REDIRECTS >= len(table),
+        )
 
 
 def expand(path: str, home: Path) -> str:

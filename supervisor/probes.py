@@ -19,7 +19,7 @@ from typing import Final
 from ipc.addresses import as_text
 from ipc.messages import Network
 from ipc.probe_ports import probe_port
-from supervisor import diagnostic_query
+from supervisor import diagnostic_query, this_system
 from supervisor.probe_blame import DNS, Blame, Ready, Suspect
 
 log = logging.getLogger(__name__)
@@ -129,8 +129,7 @@ class Prober:
         probe = _Probe(slot, self._blame.ways[slot].processes, end, now, now)
         try:
             end.setblocking(False)
-            name = self._network.interface.encode()
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name)
+            this_system.bind_to(end, self._network.interface)
             if self._begin(probe):
                 end.close()
                 self._blame.answered(slot, now)
@@ -146,8 +145,7 @@ class Prober:
         """Sends the question; whether it is answered already. Raises OSError."""
         address = as_text(self._network.dns_ipv4)
         if probe.slot != DNS:
-            port = probe_port(int(probe.slot.rpartition("-")[2]))
-            result = probe.end.connect_ex((address, port))
+            result = probe.end.connect_ex((address, probe_port(probe.slot)))
             if result not in (errno.EINPROGRESS, errno.ECONNREFUSED):
                 raise _not_refused(result)
             return result == errno.ECONNREFUSED

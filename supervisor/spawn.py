@@ -27,6 +27,7 @@ from ipc.channel import Channel, make_pair
 from ipc.log_limit import LimitFilter
 from ipc.logpipe import WorkerLogHandler, WorkerLogReceiver, make_pipe
 from ipc.permits import Role, role_of
+from ipc.slots import SSH
 from supervisor import privileges
 from supervisor.confinement import apply
 from supervisor.confinement.apply import ConfinementError
@@ -42,6 +43,8 @@ WORKER_MODULES = {
     Role.DNS: "workers.dns.worker",
     Role.PROXY: "workers.proxy.worker",
 }
+# What one of several workers with the same program needs beside it.
+MORE_MODULES = {SSH: ("workers.proxy.ssh.housekeeping", "workers.proxy.ssh.opening")}
 _late_imports = logging.getLogger(f"{__name__}.late_imports")
 
 # A worker that gets it writes the stacks of its threads to its standard error, and goes on.
@@ -266,7 +269,7 @@ def _work(
     slot: str, identity: Identity, reach: Reach, end: socket.socket, supervisor_pid: int
 ) -> None:
     role = role_of(slot)
-    runtime, module = _import(role)
+    runtime, module = _import(slot)
     listening = None if reach.bus_dir is None else bus_socket.listen(reach.bus_dir, slot)
     confinement = apply.confine(role, identity, reach, MAX_FILES_OF[role], supervisor_pid)
     # Said by this code, before any of the worker's own runs.
@@ -276,14 +279,16 @@ def _work(
     runtime.run(slot, end, module.main, listening, what_is_new)
 
 
-def _import(role: Role) -> tuple[ModuleType, ModuleType]:
-    """`workers.runtime` and the role's own module.
+def _import(slot: str) -> tuple[ModuleType, ModuleType]:
+    """`workers.runtime` and the module of the slot's role.
 
     What they and the supervisor have made until now stays as long as the process: no collection looks
     at it again, which saves a third of the time to import and pauses of tens of milliseconds later.
     """
     runtime = importlib.import_module("workers.runtime")
-    module = importlib.import_module(WORKER_MODULES[role])
+    module = importlib.import_module(WORKER_MODULES[role_of(slot)])
+    for name in MORE_MODULES.get(slot, ()):
+        importlib.import_module(name)
     gc.freeze()
     gc.enable()
     return runtime, module

@@ -8,6 +8,7 @@ import grp
 import os
 import pwd
 import random
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ class Identities:
 
 def choose(slots: Sequence[str], user: User) -> Identities:
     """Looks at the system and decides. Other users than root stay who they are."""
-    mapped = [_parse_map(_read(f"/proc/self/{kind}_map")) for kind in ("uid", "gid")]
+    # Elsewhere than on Linux there are no user namespaces.
+    kinds = ("uid", "gid") if sys.platform == "linux" else ()
+    mapped = [_parse_map(_read(f"/proc/self/{kind}_map")) for kind in kinds]
     if os.geteuid() != 0 or not all(_is_mapped(NOBODY, ranges) for ranges in mapped):
         own = Identity(os.getuid(), os.getgid(), None)
         return Identities(dict.fromkeys(slots, own), None)

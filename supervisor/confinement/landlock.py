@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 import struct
+import sys
 from typing import Final
 
 from supervisor.confinement.landlock_rules import (
@@ -40,6 +41,8 @@ def version() -> int:
     Raises:
         NoLandlockError: it has none.
     """
+    if sys.platform != "linux":
+        raise NoLandlockError("this system has no Landlock")
     try:
         return _call(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     except OSError as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ipc.permits import Role, role_of
+from ipc.slots import SSH
 from supervisor import configure
 from supervisor.configure import Surroundings
 from supervisor.confinement.landlock_rules import (
@@ -26,7 +27,8 @@ def reach_of(slot: str, settings: Settings, around: Surroundings) -> Reach:
         case _:
             home = settings.teleport_home
             rules = [
-                FileRule(home, READ, is_awaited=True),
+                # Among the user's logins `ssh` keeps what SSH clients are to find.
+                FileRule(home, KEEP_FILES if slot == SSH else READ, is_awaited=True),
                 FileRule(around.book_path.parent, KEEP_FILES),
                 FileRule(around.prompts_dir, KEEP_SOCKETS),
             ]

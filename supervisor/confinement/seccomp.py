@@ -7,6 +7,7 @@ logs them: for finding out what another C library or Python needs.
 import ctypes
 import errno
 import os
+import sys
 from typing import Final
 
 try:
@@ -43,6 +44,8 @@ class NoSeccompError(Exception):
 
 def require() -> None:
     """Raises NoSeccompError if this system has no part that the filter needs."""
+    if sys.platform != "linux":
+        raise NoSeccompError("this system has no system call filter")
     machine = os.uname().machine
     if machine not in MACHINES:
         raise NoSeccompError(f"there is no list of system calls for {machine}")

@@ -7,6 +7,7 @@ tls                     TLS                                                 tls.
 tls and upgrade         TLS, connection upgrade, WebSocket, TLS             tunnel.Tunnel
 http_proxy (http://)    CONNECT over TCP, then as above                     tcp
 http_proxy (https://)   TLS to the forward proxy, CONNECT, then as above    tunnel.Tunnel
+ssh                     as above, then a gRPC call that leads to the host   ssh_stream.SshStream
 """
 
 import asyncio
@@ -17,14 +18,18 @@ import ssl
 from functools import cache
 
 from workers.proxy import tcp
-from workers.proxy.connection_upgrade import ConnectionUpgrade, UpgradeError
+from workers.proxy.connection_upgrade import ALPN, ALPN_PING, ConnectionUpgrade, UpgradeError
 from workers.proxy.dial_errors import (
     DialError,
     DialRefusedError,
     DialTimedOutError,
     HandshakeFailedError,
+    LoginRefusedError,
+    NodeDeniedError,
+    NodeUnreachableError,
     ProxyUnreachableError,
     ProxyUntrustedError,
+    SshUnsupportedError,
     UpgradeFailedError,
 )
 from workers.proxy.dial_plan import DialPlan
@@ -33,6 +38,7 @@ from workers.proxy.layers import Layer, LayerError, Plain
 from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
 from workers.proxy.relay import Relay
+from workers.proxy.ssh_stream import NodeRefusedError, SshStream, SshStreamLostError
 from workers.proxy.tcp import DialSettings
 from workers.proxy.tls import (
     AlertReceivedError,
@@ -52,8 +58,12 @@ __all__ = [
     "DialSettings",
     "DialTimedOutError",
     "HandshakeFailedError",
+    "LoginRefusedError",
+    "NodeDeniedError",
+    "NodeUnreachableError",
     "ProxyUnreachableError",
     "ProxyUntrustedError",
+    "SshUnsupportedError",
     "UpgradeFailedError",
     "connect_tcp",
     "dial",
@@ -61,6 +71,12 @@ __all__ = [
 
 DEFAULT_SETTINGS = DialSettings()
 
+# By the status of gRPC; all others are a host that is not reached.
+_NODE_ERRORS: dict[int, type[NodeUnreachableError]] = {
+    7: NodeDeniedError,
+    12: SshUnsupportedError,
+    16: LoginRefusedError,
+}
 _LOCAL_SECONDS = 1.0  # for what the kernel does at once
 
 
@@ -181,8 +197,11 @@ async def _dial_or_say_why(
         raise ProxyUntrustedError(f"{where}: {error}") from error
     except (AlertReceivedError, _ClosedInHandshakeError) as error:
         raise DialRefusedError(f"{where}: {error}") from error
-    except (ForwardProxyError, _LostOnTheWayError) as error:
+    except (ForwardProxyError, SshStreamLostError, _LostOnTheWayError) as error:
         raise ProxyUnreachableError(f"{where}: {error}") from error
+    except NodeRefusedError as error:
+        kind = _NODE_ERRORS.get(error.status, NodeUnreachableError)
+        raise kind(f"{where}: {error}") from error
     except UpgradeError as error:
         raise UpgradeFailedError(f"{where}: {error}") from error
     except LayerError as error:
@@ -202,6 +221,9 @@ def _forward_proxy(plan: DialPlan) -> ForwardProxy | None:
 
 def _describe(plan: DialPlan, proxy: ForwardProxy | None) -> str:
     where = f"{plan.host}:{plan.port}"
+    if plan.ssh is not None:
+        host = plan.ssh.host_port.removesuffix(":0")
+        where = f"SSH host {host} of cluster {plan.ssh.cluster} at {where}"
     return where if proxy is None else f"{where} through the forward proxy {proxy}"
 
 
@@ -219,7 +241,9 @@ async def _dial(
         layer = TlsConnection(plan.tls.context, plan.tls.server_hostname, memory)
     if plan.upgrade is not None:
         outer = TlsConnection(plan.upgrade.context, plan.upgrade.server_hostname, memory)
-        request = ConnectionUpgrade(plan.host, plan.port)
+        # An SSH connection may be silent for longer than a balancer waits.
+        protocol = ALPN if plan.ssh is None else ALPN_PING
+        request = ConnectionUpgrade(plan.host, plan.port, protocol=protocol)
         layer = Tunnel("connection upgrade", outer, request, WebSocketClient(), layer)
         tunnels.append(layer)
     if proxy is None:
@@ -230,6 +254,8 @@ async def _dial(
         layer = await _inside_proxy(plan, proxy, layer, memory)
         tunnels.append(layer)
         sock = await tcp.connect(proxy.host, proxy.port, known, settings)
+    if plan.ssh is not None:
+        layer = SshStream(layer, plan.ssh)
     upstream = await _shake_hands(sock, layer, tunnels, reactor, settings)
     if plan.tls is not None and upstream.alpn is None:
         # Without a protocol a Teleport proxy takes the connection for HTTP.
@@ -269,6 +295,8 @@ async def _shake_hands(
             for tunnel in reversed(tunnels):
                 if not tunnel.is_open:
                     raise _LostOnTheWayError(f"{tunnel.name}: connection closed") from error
+            if isinstance(layer, SshStream) and layer.is_carried:
+                raise _LostOnTheWayError("connection closed before the host was reached") from error
             raise _ClosedInHandshakeError("connection closed during the TLS handshake") from error
         on_failure.pop_all()
         return upstream

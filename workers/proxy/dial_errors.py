@@ -30,3 +30,19 @@ class HandshakeFailedError(DialError):
 
 class UpgradeFailedError(DialError):
     """The web port did not make the connection a tunnel."""
+
+
+class NodeUnreachableError(DialError):
+    """The proxy was reached, and did not reach the SSH host: unknown, offline, ambiguous."""
+
+
+class NodeDeniedError(NodeUnreachableError):
+    """The proxy does not let this user connect to the SSH host."""
+
+
+class LoginRefusedError(NodeUnreachableError):
+    """The proxy does not take the user's login any more."""
+
+
+class SshUnsupportedError(NodeUnreachableError):
+    """The proxy's version does not carry SSH in this way."""

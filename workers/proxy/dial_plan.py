@@ -16,10 +16,23 @@ class TlsPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SshTarget:
+    """A host behind the proxy: `<hostname or UUID>:<port>`, port 0 for the host's own.
+
+    `version` is the client's, as the proxy is told it ("18.0.0").
+    """
+
+    host_port: str
+    cluster: str
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class DialPlan:
     """Where to connect, and what is put around the bytes, outermost first.
 
-        connect --> `upgrade`: TLS that a load balancer ends, in it a WebSocket --> `tls` --> bytes
+        connect --> `upgrade`: TLS that a load balancer ends, in it a WebSocket --> `tls` --> `ssh`:
+        gRPC frames that the proxy takes to the host --> bytes
 
     Without `upgrade` `tls` is next to TCP; without both it is TCP alone (a web port that is relayed
     as it is). `host` is a name or an address; `http_proxy` is the URL of a forward proxy (RFC 9110
@@ -31,3 +44,4 @@ class DialPlan:
     tls: TlsPlan | None
     upgrade: TlsPlan | None = None
     http_proxy: str = ""
+    ssh: SshTarget | None = None

@@ -5,6 +5,7 @@
     TLS        records with the program's bytes (`workers.proxy.tls`)
     Tunnel     TLS with a WebSocket or nothing in it, in that another layer
                (`workers.proxy.tunnel`)
+    SshStream  a gRPC call to the proxy, in any of these (`workers.proxy.ssh_stream`)
 
 An upstream and a relay know nothing but this interface.
 """
@@ -31,6 +32,15 @@ class Layer(Protocol):
     def ends_with_fin(self) -> bool:
         """Whether only the end of TCP can end our direction; `close_notify` is empty then."""
 
+    @property
+    def pending_bytes(self) -> int:
+        """Content that was given to `encrypt` and may not be sent before the far end allows it.
+
+        It comes with `take_records` when it may. Who gives the layer content stops when this and
+        what waits at the endpoint are too much, and goes on when both are 0. The end of our
+        direction waits behind it. 0 for layers whose far end has no say.
+        """
+
     def handshake(self, records: bytes | memoryview) -> bool:
         """Takes what came from the far end (nothing at first); True when it is done.
 
@@ -45,13 +55,16 @@ class Layer(Protocol):
         """
 
     def encrypt(self, data: memoryview) -> bytes | memoryview:
-        """What carries `data` (not empty). A view holds as long as `data` does."""
+        """What carries `data` (not empty). A view holds as long as `data` does.
+
+        Empty when nothing may be sent now, see `pending_bytes`.
+        """
 
     def close_notify(self) -> bytes:
         """What ends our direction; the far end's stays open."""
 
     def take_records(self) -> bytes:
-        """What the layer itself has to send. May be empty."""
+        """What the layer itself has to send, and content that had to wait. May be empty."""
 
 
 class Plain:
@@ -62,6 +75,7 @@ class Plain:
     alpn: str | None = None
     is_receive_ended = False
     ends_with_fin = True
+    pending_bytes = 0
 
     def handshake(self, records: bytes | memoryview) -> bool:
         """Done before it began."""

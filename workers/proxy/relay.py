@@ -172,8 +172,13 @@ class Relay:
         except OSError as error:
             self._on_remote_error(error)
         else:
-            if self._remote.pending_bytes > self._max_pending_bytes:
+            if self._unsent_bytes > self._max_pending_bytes:
                 self._local.pause()
+
+    @property
+    def _unsent_bytes(self) -> int:
+        """What the program has sent and the kernel does not have, because of either other end."""
+        return self._remote.pending_bytes + self._layer.pending_bytes
 
     def _end_up(self, end: RelayEnd) -> None:
         self._local.pause()
@@ -190,13 +195,15 @@ class Relay:
             self._finish_up()
 
     def _on_remote_clear(self) -> None:
+        if self._layer.pending_bytes:
+            return
         if self._up is _Flow.OPEN:
             self._local.resume()
         else:
             self._finish_up()
 
     def _finish_up(self) -> None:
-        if self._up is not _Flow.ENDING or self._remote.pending_bytes:
+        if self._up is not _Flow.ENDING or self._unsent_bytes:
             return
         if self._layer.ends_with_fin:
             try:
@@ -225,9 +232,12 @@ class Relay:
             if not count:
                 self._on_remote_end()
                 return
+            had_to_wait = self._layer.pending_bytes
             data = self._layer.decrypt(buffer[:count])
             if reply := self._layer.take_records():
                 self._reply(reply)
+            if had_to_wait and not self._unsent_bytes:
+                self._on_remote_clear()
         except BlockingIOError:
             return
         except LayerError as error:

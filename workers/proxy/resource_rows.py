@@ -4,7 +4,7 @@
     TCP app            its public address                   of its list, any  in a zone of the cluster
     web app            https://<public address>             -                 no: a browser needs none
     database           <name or hash>.db.<proxy host>       any               protocols in DATABASE_ALPN
-    SSH server         <host name>.<cluster>                22                see CARRIES_SSH
+    SSH server         <host name>.<cluster>                22                yes
 
 Several agents may serve one resource, which then is one row.
 """
@@ -22,8 +22,6 @@ from workers.proxy.teleport.names import DEFAULT_WEB_PORT, is_zone, normalise
 from workers.proxy.teleport.pb import auth_pb2, types_pb2
 from workers.proxy.teleport.precedence import ClusterNames, candidate
 
-# Whether this version of VNet has an SSH server of its own.
-CARRIES_SSH = False
 # A row takes about a kilobyte.
 MAX_ROWS = 100_000
 # An app may have thousands of port ranges; who needs more of them asks for the app.
@@ -40,9 +38,10 @@ NO_ZONE_NOTE = (
     "in no DNS zone of its cluster: use vnet proxy, or have the zone added to custom_dns_zones"
 )
 MCP_NOTE = "VNet carries no MCP: use tsh mcp"
-SAME_HOST_NOTE = "several servers have this host name: use tsh ssh with the id of one"
+SAME_HOST_NOTE = (
+    "several servers have this host name: use ssh <id>.<cluster> with an id of tsh ls --verbose"
+)
 NO_HOST_NOTE = "its name is no DNS name: use tsh ssh"
-NO_SSH_NOTE = "this version of VNet carries no SSH: use tsh ssh"
 
 
 class Kind(StrEnum):
@@ -257,11 +256,11 @@ def _node_row(node: types_pb2.ServerV2, place: Place) -> Row:
     address = f"{host}.{place.cluster}"
     if not is_zone(place.names.cluster) and place.leaf:
         address = f"{address}.{place.root}"
-    known = normalise(address)
-    if not is_zone(known) or candidate(known, place.names) is None:
+    # OpenSSH finds its settings by the name as it is typed, and ours are lower-case.
+    address = normalise(address)
+    if not is_zone(address) or candidate(address, place.names) is None:
         return _row(Kind.NODE, host, place, "", "", "ssh", NO_HOST_NOTE)
-    note = "" if CARRIES_SSH else NO_SSH_NOTE
-    return _row(Kind.NODE, host, place, address, _SSH_PORT, "ssh", note)
+    return _row(Kind.NODE, host, place, address, _SSH_PORT, "ssh")
 
 
 def _texts(resource: auth_pb2.PaginatedResource) -> Iterator[str]:

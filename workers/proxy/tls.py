@@ -71,6 +71,7 @@ class TlsConnection:
     __slots__ = ("_memory", "_read", "_ssl", "is_receive_ended")
 
     ends_with_fin = False
+    pending_bytes = 0
 
     def __init__(self, context: ssl.SSLContext, server_hostname: str, memory: TlsMemory) -> None:
         self._memory = memory
@@ -107,8 +108,9 @@ class TlsConnection:
     def decrypt(self, records: bytes | memoryview) -> memoryview:
         """All plaintext in the next bytes from the peer, at most TlsMemory.read_bytes of them.
 
-        `records` may be a view of `TlsMemory.plaintext`: it is copied first. The result is one of `TlsMemory.plaintext`. After close_notify it is empty and
-        `is_receive_ended` is True. Answers to post-handshake messages wait in `take_records`.
+        `records` may be a view of `TlsMemory.plaintext`: it is copied first. The result is one of
+        it. After close_notify it is empty and `is_receive_ended` is True. Answers to post-handshake
+        messages wait in `take_records`.
         """
         memory = self._memory
         incoming, plaintext, read = memory.incoming, memory.plaintext, self._read

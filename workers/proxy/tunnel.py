@@ -96,6 +96,7 @@ class Tunnel:
     )
 
     ends_with_fin = False
+    pending_bytes = 0  # TLS and nothing are all that is put inside
 
     def __init__(
         self, name: str, outer: TlsConnection, greeting: Greeting, framing: Framing, inner: Layer

@@ -8,7 +8,8 @@
 
 A name below a cluster's has an address whether something has it or not: it may be a host, a web app
 that a browser is led to, or an app that is made later. So it is decided for each connection anew.
-Relayed means: byte by byte to the proxy's web port, as if the name had led there. A dialled app has
+Relayed means: byte by byte to the proxy's web port, as if the name had led there. SSH means: a
+session with the host that the proxy leads to (`workers.proxy.ssh`). A dialled app has
 ports of its own, which `Teleport.plan` checks.
 
 Source: `lib/vnet/tcp_handler_resolver.go`.
@@ -19,6 +20,7 @@ from enum import Enum, auto
 from typing import Final
 
 from ipc.messages import Refusal
+from ipc.slots import SSH_PORT
 from workers.proxy.teleport.errors import PortNotAllowedError, TeleportError, UnknownAppError
 from workers.proxy.teleport.targets import (
     AppTarget,
@@ -30,16 +32,15 @@ from workers.proxy.teleport.targets import (
     WebApp,
 )
 
-SSH_PORT: Final = 22
 # A page opens dozens of connections; whether the name is an app by now need not be asked for each.
 WEB_SECONDS: Final = 15.0
 MAX_WEB_NAMES: Final = 1000
 
 
 class NoSshError(TeleportError):
-    """It would be an SSH connection to a host of a cluster."""
+    """An SSH connection has come to a worker that serves none."""
 
-    refusal = Refusal.PORT_NOT_ALLOWED
+    refusal = Refusal.INTERNAL
 
 
 class Port(Enum):
@@ -91,10 +92,13 @@ def meaning_of(resolution: Resolution, port: int, web_port: int | None) -> Meani
 
 
 def error_of(meaning: Meaning, web_port: int | None) -> TeleportError:
-    """Why a connection of this meaning is refused; for the last four meanings alone."""
+    """Why a connection of this meaning is refused; for the last four meanings alone.
+
+    SSH is among them for workers that serve none.
+    """
     match meaning:
         case Meaning.SSH:
-            return NoSshError("SSH to hosts of a cluster is not possible yet: use tsh ssh")
+            return NoSshError("SSH is the work of another worker, which was not asked")
         case Meaning.NO_APP:
             return UnknownAppError("no app and no database has this name: vnet ls shows all")
         case Meaning.WEB_ONLY:

@@ -64,11 +64,6 @@ class Upstream:
         """Whether the far end ended or broke the connection while it waited."""
         return self.is_ended or bool(self.error)
 
-    @property
-    def early_bytes(self) -> int:
-        """How much the far end has sent already, framing included."""
-        return len(self._early)
-
     async def handshake(self) -> None:
         """Does the handshakes of the layer and goes on watching the far end.
 

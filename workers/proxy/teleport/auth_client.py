@@ -41,6 +41,7 @@ from workers.proxy.teleport.proxy_cluster import (
     TransportCarrier,
 )
 from workers.proxy.teleport.routes import AuthRoute, Way, auth_route
+from workers.proxy.teleport.ssh_credentials import authorities as ssh_authorities
 
 # A server refuses clients older than its own previous major version, not newer ones. After the
 # first Ping the server's own version is announced.
@@ -77,6 +78,9 @@ class AuthApi(Protocol):
 
     async def host_authority(self, cluster: str) -> tuple[bytes, ...]:
         """The host authorities (DER) of the root cluster or of a leaf, never none."""
+
+    async def ssh_host_authorities(self, cluster: str) -> tuple[bytes, ...]:
+        """The public keys that sign the SSH hosts of the root cluster or of a leaf, as lines."""
 
     def resources(
         self, kind: str, *, search: Sequence[str] = ()
@@ -217,9 +221,7 @@ class AuthClient:
 
     async def host_authority(self, cluster: str) -> tuple[bytes, ...]:
         """See `AuthApi`. While one is rotated, those that are trusted besides are among them."""
-        request = trust_pb2.GetCertAuthorityRequest(type="host", domain=cluster)
-        reply = await self._channel.call(self._trust.GetCertAuthority, request, self._metadata)
-        sets = (reply.Spec.ActiveKeys, reply.Spec.AdditionalTrustedKeys)
+        sets = await self._host_keys(cluster)
         pem = b"\n".join(pair.Cert for keys in sets for pair in keys.TLS)
         try:
             return parse_authorities(pem)[:MAX_AUTHORITIES]
@@ -227,6 +229,16 @@ class AuthClient:
             raise UnreachableError(
                 f"the root cluster sent no host authority of cluster {cluster}: {error}"
             ) from error
+
+    async def ssh_host_authorities(self, cluster: str) -> tuple[bytes, ...]:
+        """See `AuthApi`. While one is rotated, both are among them."""
+        sets = await self._host_keys(cluster)
+        return ssh_authorities(pair.PublicKey for keys in sets for pair in keys.SSH)
+
+    async def _host_keys(self, cluster: str) -> Sequence[types_pb2.CAKeySet]:
+        request = trust_pb2.GetCertAuthorityRequest(type="host", domain=cluster)
+        reply = await self._channel.call(self._trust.GetCertAuthority, request, self._metadata)
+        return reply.Spec.ActiveKeys, reply.Spec.AdditionalTrustedKeys
 
     def close(self) -> None:
         """Closes the connection."""

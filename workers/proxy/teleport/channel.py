@@ -336,6 +336,9 @@ def translate(error: BaseException, cluster: str, profile: str) -> TeleportError
     match error:
         case TeleportError():
             return error
+        # The cluster is told how long it has, and may say first that it was too long.
+        case TimeoutError() | GRPCError(status=Status.DEADLINE_EXCEEDED):
+            return UnreachableError(f"{cluster} did not answer in time")
         case GRPCError():
             return _from_status(error.status, safe_text(error.message or ""), cluster, profile)
         case MessageTooLargeError():
@@ -351,8 +354,6 @@ def translate(error: BaseException, cluster: str, profile: str) -> TeleportError
                 f"{cluster} does not accept the user certificate any more: "
                 f"run tsh login --proxy={profile}"
             )
-        case TimeoutError():
-            return UnreachableError(f"{cluster} did not answer in time")
         case ssl.SSLError():
             detail = error.reason or "TLS failed"
         case OSError() if error.errno and not isinstance(error, socket.gaierror):

@@ -18,9 +18,9 @@ from ssl import SSLContext
 
 from ipc.messages import Cluster as ClusterReport
 from ipc.messages import ClusterState, Refusal
-from workers.proxy.dial_plan import DialPlan, TlsPlan
+from workers.proxy.dial_plan import DialPlan, SshTarget, TlsPlan
 from workers.proxy.teleport.apps import App, OtherApp, check_port, valid_ports
-from workers.proxy.teleport.auth_client import Connector
+from workers.proxy.teleport.auth_client import CLIENT_VERSION, Connector
 from workers.proxy.teleport.certificates import AppSubject, DatabaseSubject, Subject
 from workers.proxy.teleport.consulting import Asked, Question, Source, consult
 from workers.proxy.teleport.contexts import upgrade_context
@@ -33,10 +33,11 @@ from workers.proxy.teleport.mfa import Prompter
 from workers.proxy.teleport.names import normalise
 from workers.proxy.teleport.precedence import Answer, Claim, Directory
 from workers.proxy.teleport.profile import Profile
-from workers.proxy.teleport.routes import web_route
+from workers.proxy.teleport.routes import Way, auth_route, web_route
 from workers.proxy.teleport.second_factor import PROMPT_SECONDS
 from workers.proxy.teleport.session import Session
 from workers.proxy.teleport.settings import Crowd, Settings
+from workers.proxy.teleport.ssh_credentials import SshCredentials
 from workers.proxy.teleport.targets import (
     AppTarget,
     ClusterTarget,
@@ -217,18 +218,57 @@ class Teleport:
         if not route.is_upgrade_required:
             tls = TlsPlan(certificate.context, profile.web_host)
             return DialPlan(route.host, route.port, tls, http_proxy=route.http_proxy)
+        return DialPlan(
+            route.host,
+            route.port,
+            TlsPlan(certificate.tunnel_context, profile.web_host),
+            upgrade=TlsPlan(await self._balancer_context(), profile.web_host),
+            http_proxy=route.http_proxy,
+        )
+
+    async def _balancer_context(self) -> SSLContext:
         if self._upgrade_context is None:
             # In a thread: it reads the system's authorities.
             self._upgrade_context = await asyncio.to_thread(
                 upgrade_context, ca_file=self._settings.ca_file, insecure=self._settings.insecure
             )
+        return self._upgrade_context
+
+    async def ssh_plan(self, target: ClusterTarget) -> DialPlan:
+        """Everything for reaching the SSH server of a host, through the proxy of its root cluster.
+
+        The way is that of the auth service: without TLS routing the SSH proxy's own port. Asks no
+        cluster, and no user.
+
+        Raises:
+            TeleportError: `refusal` of the error is what the program is told.
+        """
+        session, profile = self._session(target.profile)
+        context = session.ssh_context(target)
+        route = auth_route(profile, self._settings.environment)
+        upgrade = None
+        if route.way is Way.UPGRADE:
+            upgrade = TlsPlan(await self._balancer_context(), profile.web_host)
         return DialPlan(
             route.host,
             route.port,
-            TlsPlan(certificate.tunnel_context, profile.web_host),
-            upgrade=TlsPlan(self._upgrade_context, profile.web_host),
+            TlsPlan(context, profile.web_host),  # the context has a name of its own
+            upgrade=upgrade,
             http_proxy=route.http_proxy,
+            ssh=SshTarget(f"{target.host}:0", target.cluster, CLIENT_VERSION),
         )
+
+    async def ssh_credentials(self, target: ClusterTarget, login: str) -> SshCredentials:
+        """Everything for one login as `login` to the host, whose SSH server is reached already.
+
+        Not for a second connection: a certificate got with a second factor is for one alone. May
+        take as long as the user takes to give it.
+
+        Raises:
+            TeleportError: the text may be shown to whoever logs in.
+        """
+        session, _ = self._session(target.profile)
+        return await session.ssh_credentials(target, login, self._directory)
 
     def web_plan(self, profile: str) -> DialPlan:
         """For relaying bytes to the web port of a profile's proxy as they are.

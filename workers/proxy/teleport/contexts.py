@@ -1,12 +1,15 @@
 """TLS contexts with certificates from memory: nothing secret is ever in a file system.
 
 Python's ssl loads certificates from paths only, so the path is that of an anonymous in-memory
-file of this process, which is closed at once.
+file of this process, which is closed at once. MacOS has no such files: there it is one that only this user
+can read, for the moment.
 """
 
 import os
 import re
 import ssl
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TypeVar
@@ -41,9 +44,16 @@ def load_identity(context: ssl.SSLContext, certificate: bytes, key: bytes) -> No
     Raises:
         ssl.SSLError: they do not belong together.
     """
+    data = certificate + b"\n" + key
+    if sys.platform == "darwin":
+        with tempfile.NamedTemporaryFile(prefix="vnet-") as file:
+            file.write(data)
+            file.flush()
+            context.load_cert_chain(file.name)
+        return
     descriptor = os.memfd_create("identity", os.MFD_CLOEXEC)
     try:
-        os.write(descriptor, certificate + b"\n" + key)
+        os.write(descriptor, data)
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)

@@ -44,6 +44,12 @@ class HardwareKeyError(TeleportError):
     state = ClusterState.HARDWARE_KEY
 
 
+class NoSshLoginError(TeleportError):
+    """The tsh home has no key or certificate for SSH that can be used; the rest of it is well."""
+
+    refusal = Refusal.NOT_LOGGED_IN
+
+
 class UnreachableError(TeleportError):
     """The proxy or the auth service cannot be reached, or answers nonsense. Try again later."""
 

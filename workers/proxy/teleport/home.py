@@ -75,11 +75,11 @@ class Home:
     problem: str
 
 
-class _UnreadableError(Exception):
+class UnreadableError(Exception):
     """A file cannot be read; the message names it."""
 
 
-class _MissingError(_UnreadableError):
+class MissingError(UnreadableError):
     """There is no such file."""
 
 
@@ -151,8 +151,8 @@ def _stamp(path: Path) -> Iterator[tuple[str, int, int, int]]:
 def _read_login(directory: Path, name: str) -> Login:
     path = directory / f"{name}.yaml"
     try:
-        profile = parse_profile(_read(path, MAX_PROFILE_BYTES))
-    except (ProfileError, _UnreadableError) as error:
+        profile = parse_profile(read_file(path, MAX_PROFILE_BYTES))
+    except (ProfileError, UnreadableError) as error:
         problem = f"{path}: {error}: run tsh login --proxy={name}"
         return _broken(name, None, ClusterState.NO_LOGIN, problem)
     folder = directory / "keys" / profile.name
@@ -160,7 +160,7 @@ def _read_login(directory: Path, name: str) -> Login:
     try:
         certificate, key = _credential_files(folder, profile.user)
         credentials = parse_credentials(
-            _read(certificate, MAX_PEM_BYTES), _read(key, MAX_PEM_BYTES)
+            read_file(certificate, MAX_PEM_BYTES), read_file(key, MAX_PEM_BYTES)
         )
     except HardwareKeyError:
         problem = (
@@ -168,9 +168,9 @@ def _read_login(directory: Path, name: str) -> Login:
             "administrator for a login without hardware key policy"
         )
         return _broken(profile.name, profile, ClusterState.HARDWARE_KEY, problem)
-    except (CredentialError, _UnreadableError) as error:
+    except (CredentialError, UnreadableError) as error:
         problem = f"{folder}: {error}: {again}"
-        is_removed = isinstance(error, _MissingError)
+        is_removed = isinstance(error, MissingError)
         return _broken(profile.name, profile, ClusterState.NO_LOGIN, problem, is_removed=is_removed)
     if (objection := _objection(credentials.identity)) is not None:
         problem = f"{folder}: {objection}: {again}"
@@ -211,32 +211,38 @@ def _credential_files(folder: Path, user: str) -> tuple[Path, Path]:
         if (folder / f"{user}-x509.pem").exists():
             return folder / f"{user}-x509.pem", folder / user
     except OSError as error:
-        raise _UnreadableError(f"it cannot be read ({error.strerror})") from error
-    raise _MissingError(f"no certificate of user {safe_text(user, 100)}")
+        raise UnreadableError(f"it cannot be read ({error.strerror})") from error
+    raise MissingError(f"no certificate of user {safe_text(user, 100)}")
 
 
 def _read_authorities(folder: Path) -> dict[str, tuple[bytes, ...]]:
     authorities: dict[str, tuple[bytes, ...]] = {}
     for path in [p for p in _entries(folder) if p.suffix == ".pem"][:MAX_AUTHORITIES]:
         try:
-            authorities[path.stem] = parse_authorities(_read(path, MAX_PEM_BYTES))
-        except (CredentialError, _UnreadableError):
+            authorities[path.stem] = parse_authorities(read_file(path, MAX_PEM_BYTES))
+        except (CredentialError, UnreadableError):
             continue  # one cluster's broken file must not hide the others
     return authorities
 
 
-def _read(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        MissingError: there is none.
+        UnreadableError: it cannot be read, is no regular file, or has more than `limit` bytes.
+    """
     # O_NONBLOCK: a FIFO in the place of a file must not hang the reader.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:  # noqa: PTH123 - from a descriptor
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise _UnreadableError(f"{path.name} is no regular file")
+                raise UnreadableError(f"{path.name} is no regular file")
             data = file.read(limit + 1)
     except FileNotFoundError as error:
-        raise _MissingError(f"there is no {path.name}") from error
+        raise MissingError(f"there is no {path.name}") from error
     except OSError as error:
-        raise _UnreadableError(f"{path.name} cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{path.name} cannot be read ({error.strerror})") from error
     if len(data) > limit:
-        raise _UnreadableError(f"{path.name} has more than {limit} bytes")
+        raise UnreadableError(f"{path.name} has more than {limit} bytes")
     return data

@@ -25,6 +25,8 @@ from workers.proxy.teleport.settings import Crowd, Settings
 from workers.proxy.teleport.unheard import UnknownLeaves
 
 MAX_LEAF_RETRY_SECONDS = 60.0
+# When VNet starts, the system's resolver may be away for a moment, because VNet has set it up.
+FIRST_ROOT_RETRY_SECONDS = 0.5
 
 
 class Members:
@@ -90,6 +92,7 @@ class Members:
             clock=settings.clock,
             on_change=self._on_change,
             config_ttl_seconds=settings.config_seconds,
+            retry_seconds=RETRY_SECONDS if leaf else FIRST_ROOT_RETRY_SECONDS,
             max_retry_seconds=MAX_LEAF_RETRY_SECONDS if leaf else RETRY_SECONDS,
             limiter=self._crowd.configs if leaf else None,
         )

@@ -1,18 +1,24 @@
 """One profile: its login, the clusters it leads to, and the certificates got with it.
 
 Login --> Members        the root cluster and its leaves
-      --> Certificates
+      --> Certificates   for apps and databases
+      --> SshAccess      for hosts
       --> HostAddresses  of the proxy
 """
 
-from collections.abc import Callable
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from ipc import messages
 from ipc.messages import ClusterState
+from workers.proxy.teleport.auth_client import AuthApi
 from workers.proxy.teleport.background import Background
 from workers.proxy.teleport.certificates import Certificate, Certificates, Subject
 from workers.proxy.teleport.consulting import Source
+from workers.proxy.teleport.contexts import cluster_context
 from workers.proxy.teleport.errors import (
     HardwareKeyError,
     LoginExpiredError,
@@ -27,11 +33,23 @@ from workers.proxy.teleport.member import Member
 from workers.proxy.teleport.members import Members
 from workers.proxy.teleport.names import normalise
 from workers.proxy.teleport.precedence import ClusterNames
+from workers.proxy.teleport.proxy_cluster import TRANSPORT_ALPN
 from workers.proxy.teleport.report import health, report
 from workers.proxy.teleport.routes import auth_route, web_route
+from workers.proxy.teleport.second_factor import SecondFactor
 from workers.proxy.teleport.settings import Crowd, Settings
-from workers.proxy.teleport.targets import AppTarget, DatabaseTarget, Owner
+from workers.proxy.teleport.ssh_access import SshAccess, SshLogin
+from workers.proxy.teleport.ssh_credentials import SshCredentials
+from workers.proxy.teleport.targets import (
+    AppTarget,
+    ClusterTarget,
+    DatabaseTarget,
+    Owner,
+    Target,
+)
 from workers.proxy.teleport.unheard import NoLogin
+
+T = TypeVar("T")
 
 # Logins that may come while one certificate is got.
 MAX_RENEWALS = 2
@@ -55,6 +73,8 @@ class Session:
         self._on_change = on_change
         self._members: Members | None = None
         self._certificates: Certificates | None = None
+        self._ssh: SshAccess | None = None
+        self._ssh_context: ssl.SSLContext | None = None
         self._addresses: HostAddresses | None = None
         self._background = Background()
 
@@ -93,9 +113,13 @@ class Session:
     async def _use(self, login: Login) -> None:
         # The connections first: whoever loses a certificate asks for another at once.
         certificates, self._certificates = self._certificates, None
+        ssh_access, self._ssh = self._ssh, None
+        self._ssh_context = None
         self._connect(login)
         if certificates is not None:
             await certificates.close()
+        if ssh_access is not None:
+            await ssh_access.close()
 
     def _connect(self, login: Login) -> None:
         if login.credentials is None:
@@ -196,27 +220,8 @@ class Session:
         Raises:
             TeleportError: none is to be had.
         """
-        for _ in range(MAX_RENEWALS):
-            login, owner = self.login, self.owner
-            try:
-                return await self._certificate(target, subject)
-            except UnreachableError:
-                if self.login is login or self.owner != owner:
-                    raise
-        return await self._certificate(target, subject)
 
-    async def _certificate(
-        self, target: AppTarget | DatabaseTarget, subject: Subject
-    ) -> Certificate:
-        login, root = self.login, self._root
-        self._require(root)
-        member = self._members.get(target.leaf) if self._members is not None else None
-        if root is None or member is None or root.cluster.name != target.root_cluster:
-            raise UnknownAppError(
-                f"cluster {target.cluster} is not reached with this login any more"
-            )
-        self._require(member)
-        try:
+        async def get(root: Member, member: Member) -> Certificate:
             certificates = await self._current_certificates(root)
             kept = certificates.kept(subject, leaf=target.leaf)
             if kept is not None:
@@ -227,6 +232,27 @@ class Session:
                 leaf=target.leaf,
                 owner=await member.cluster.api(),
             )
+            member.cluster.note(None)
+            return certificate
+
+        return await self._with_login(target, get)
+
+    async def _with_login(self, target: Target, get: Callable[[Member, Member], Awaitable[T]]) -> T:
+        """What `get` makes of the root cluster and the target's; again with a login that is new."""
+        for _ in range(MAX_RENEWALS):
+            login, owner = self.login, self.owner
+            try:
+                return await self._once(target, get)
+            except UnreachableError:
+                if self.login is login or self.owner != owner:
+                    raise
+        return await self._once(target, get)
+
+    async def _once(self, target: Target, get: Callable[[Member, Member], Awaitable[T]]) -> T:
+        login = self.login
+        root, member = self._members_of(target)
+        try:
+            return await get(root, member)
         except TeleportError as error:
             if self.login is not login:
                 raise  # which tells nothing of the login that is used now
@@ -240,14 +266,22 @@ class Session:
                 root.cluster.expire()
                 member.cluster.expire()
             raise
-        member.cluster.note(None)
-        return certificate
+
+    def _members_of(self, target: Target) -> tuple[Member, Member]:
+        """The root cluster and the target's, both of which can be asked."""
+        root = self._root
+        self._require(root)
+        member = self._members.get(target.leaf) if self._members is not None else None
+        if root is None or member is None or root.cluster.name != target.root_cluster:
+            raise UnknownAppError(
+                f"cluster {target.cluster} is not reached with this login any more"
+            )
+        self._require(member)
+        return root, member
 
     async def _current_certificates(self, root: Member) -> Certificates:
         login = self.login
-        api = await root.cluster.api()
-        if login is not self.login or self._root is not root:
-            raise UnreachableError(f"{self.name}: a new login is being taken over")
+        api = await self._current_api(root)
         if self._certificates is None:
             settings = self._settings
             self._certificates = Certificates(
@@ -261,6 +295,78 @@ class Session:
                 insecure=settings.insecure,
             )
         return self._certificates
+
+    async def _current_api(self, root: Member) -> AuthApi:
+        """The root's auth service, if the login is the same afterwards."""
+        login = self.login
+        api = await root.cluster.api()
+        if login is not self.login or self._root is not root:
+            raise UnreachableError(f"{self.name}: a new login is being taken over")
+        return api
+
+    # -- SSH --
+
+    def ssh_context(self, target: ClusterTarget) -> ssl.SSLContext:
+        """For the proxy's service that carries SSH to hosts of the target's cluster.
+
+        Raises:
+            TeleportError: the login does not allow it, or the cluster is offline.
+        """
+        self._members_of(target)
+        if self._ssh_context is None:
+            credentials = self.login.credentials
+            assert credentials is not None
+            root = credentials.identity.root_cluster
+            try:
+                self._ssh_context = cluster_context(
+                    root,
+                    self.login.authorities.get(root, ()),
+                    credentials.certificate,
+                    credentials.key,
+                    alpn=TRANSPORT_ALPN,
+                )
+            except ssl.SSLError as error:
+                raise UnreachableError(
+                    f"a host authority of cluster {root} is no certificate: "
+                    f"run tsh login --proxy={self.name}"
+                ) from error
+        return self._ssh_context
+
+    async def ssh_credentials(self, target: ClusterTarget, user: str, home: Path) -> SshCredentials:
+        """For one login as `user` to the target. `home` is the tsh home.
+
+        Raises:
+            TeleportError: none are to be had.
+        """
+
+        async def get(root: Member, member: Member) -> SshCredentials:
+            access = await self._current_ssh(root, home)
+            login = SshLogin(target.host, user, target.cluster, target.leaf)
+            return await access.get(login, await member.cluster.api())
+
+        return await self._with_login(target, get)
+
+    async def _current_ssh(self, root: Member, home: Path) -> SshAccess:
+        login = self.login
+        api = await self._current_api(root)
+        if self._ssh is None:
+            settings = self._settings
+            second_factor = SecondFactor(
+                login,
+                api,
+                settings.prompter,
+                prompt_seconds=settings.prompt_seconds,
+                callbacks=settings.callbacks,
+            )
+            self._ssh = SshAccess(
+                login,
+                home,
+                api,
+                second_factor,
+                clock=settings.clock,
+                wall_clock=settings.wall_clock,
+            )
+        return self._ssh
 
     # -- the status page --
 
@@ -294,9 +400,13 @@ class Session:
     async def close(self) -> None:
         """Ends what runs, closes connections, forgets certificates and what clusters said."""
         certificates, self._certificates = self._certificates, None
+        ssh_access, self._ssh = self._ssh, None
+        self._ssh_context = None
         members, self._members = self._members, None
         if certificates is not None:
             await certificates.close()
+        if ssh_access is not None:
+            await ssh_access.close()
         if members is not None:
             await members.close()
         await self._background.close()

@@ -3,15 +3,16 @@
 An answer that takes longer is promised: the connection waits for it while the loop goes on.
 """
 
+import errno
 import os
 import selectors
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ipc.peer import peer_uid
 from supervisor.control_messages import MAX_REQUEST_BYTES
 
 # Commands that are asked at the same time. One more sends the oldest away: whoever means to ask
@@ -19,7 +20,9 @@ from supervisor.control_messages import MAX_REQUEST_BYTES
 MAX_CLIENTS = 32
 # A client that neither asks nor reads is sent away.
 CLIENT_SECONDS = 5.0
-_UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
+# Where nobody can be let in, for want of descriptors, who waits stays ready: nobody looks for so long.
+PAUSE_SECONDS = 0.5
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 @dataclass(slots=True)
@@ -63,7 +66,9 @@ class ControlSocket:
         self._answer = answer
         self._clients: dict[int, _Client] = {}
         self._listener = _listen(path) if listener is None else listener
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        # Monotonic seconds; 0 while the selector looks whether somebody connects.
+        self._listens_at = 0.0
+        self._listen_again()
 
     def fileno(self) -> int:
         """The descriptor that listens."""
@@ -72,27 +77,43 @@ class ControlSocket:
     def close(self) -> None:
         for client in list(self._clients.values()):
             self._drop(client)
-        self._selector.unregister(self._listener)
+        if not self._listens_at:
+            self._selector.unregister(self._listener)
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
     def drop_silent(self, now: float) -> None:
-        """Ends connections past their deadline (monotonic seconds)."""
+        """Ends connections past their deadline (monotonic seconds), and ends a pause of listening."""
+        if self._listens_at and now >= self._listens_at:
+            self._listen_again()
         for client in list(self._clients.values()):
             if not client.deadline:
                 client.deadline = now + CLIENT_SECONDS
             elif now > client.deadline:
                 self._drop(client)
 
+    def _listen_again(self) -> None:
+        self._listens_at = 0.0
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
     def _accept(self, _events: int) -> None:
         try:
             end, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                self._selector.unregister(self._listener)
+                self._listens_at = time.monotonic() + PAUSE_SECONDS
+            return
+        try:
+            uid = peer_uid(end)
         except OSError:
+            # macOS does not tell of who has gone.
+            end.close()
             return
         end.setblocking(False)
         if len(self._clients) >= MAX_CLIENTS:
             self._drop(next(iter(self._clients.values())))
-        client = _Client(end, uid=_peer_uid(end), deadline=0.0)
+        client = _Client(end, uid=uid, deadline=0.0)
         self._clients[end.fileno()] = client
         self._selector.register(
             end, selectors.EVENT_READ, lambda events: self._serve(client, events)
@@ -174,13 +195,3 @@ def _listen(path: Path) -> socket.socket:
         os.umask(mask)
     listener.listen(MAX_CLIENTS)
     return listener
-
-
-def _peer_uid(end: socket.socket) -> int:
-    if hasattr(socket, "SO_PEERCRED"):
-        raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(raw)
-        return int(uid)
-    # macOS: LOCAL_PEERCRED gives struct xucred, whose second word is the uid.
-    raw = end.getsockopt(0, 1, 76)
-    return int(struct.unpack_from("I", raw, 4)[0])

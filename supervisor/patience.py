@@ -24,7 +24,7 @@ class Patience:
 
     def __init__(self, restart_max: int) -> None:
         """`restart_max` crashes are borne; by one accuser alone no peer has more."""
-        self._believed = Window(max(1, min(MAX_BELIEVED, restart_max)), ACCUSATION_SECONDS)
+        self._believed = Window(_believed(restart_max), ACCUSATION_SECONDS)
         self._wishes = Window(MAX_WISHES, WISH_SECONDS)
         self.begin()
 
@@ -32,6 +32,10 @@ class Patience:
         """A process begins: it has said nothing yet."""
         # A shorter time than the workers have, for clocks and delays.
         self._said = Window(MAX_ACCUSATIONS, ACCUSATION_SECONDS / 2)
+
+    def use_restart_max(self, restart_max: int) -> None:
+        """From now on; what was believed in the past still counts."""
+        self._believed.use_limit(_believed(restart_max))
 
     def for_successor(self) -> "Patience":
         """With another process of the same slot, beside the present one."""
@@ -50,3 +54,7 @@ class Patience:
     def grants_restart(self, now: float) -> bool:
         """Whether a wish for a restart is granted; if not the process is to be ended as crashed."""
         return self._wishes.take(now)
+
+
+def _believed(restart_max: int) -> int:
+    return max(1, min(MAX_BELIEVED, restart_max))

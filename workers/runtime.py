@@ -45,7 +45,10 @@ from ipc.messages import (
 from ipc.order import ACCUSATION_SECONDS, MAX_ACCUSATIONS, Duty, after_being_told
 from ipc.permits import Role, role_of
 from ipc.window import Window
-from workers import preload  # noqa: F401  # for its effect: see the module
+from workers import (
+    memory_limit,
+    preload,  # noqa: F401  # for its effect: see the module
+)
 
 log = logging.getLogger(__name__)
 
@@ -310,6 +313,8 @@ async def _run(
     config, descriptors = await _first_message(channel, loop)
     runtime: Runtime[C] = Runtime(channel, config, descriptors, loop, listening, what_is_new)  # type: ignore[arg-type]  # the permit table lets only this role's configuration through
     logging.getLogger().setLevel(config.common.log_level)
+    most = memory_limit.most_bytes(config, memory_limit.machine_bytes())
+    memory_limit.limit_memory(most)
     runtime.start()
     try:
         await main(runtime)

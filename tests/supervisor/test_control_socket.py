@@ -1,5 +1,8 @@
 import contextlib
+import errno
 import json
+import os
+import resource
 import selectors
 import socket
 import threading
@@ -11,7 +14,13 @@ import pytest
 
 from supervisor import control, control_messages
 from supervisor.cli.control_client import AskError, ask, order
-from supervisor.control import CLIENT_SECONDS, MAX_CLIENTS, ControlSocket, Promise
+from supervisor.control import (
+    CLIENT_SECONDS,
+    MAX_CLIENTS,
+    PAUSE_SECONDS,
+    ControlSocket,
+    Promise,
+)
 from supervisor.exits import ExitStatus
 
 DEADLINE_SECONDS = 10.0
@@ -115,7 +124,7 @@ def test_request_may_come_in_pieces(bed):
 
 def test_asker_is_who_the_kernel_says(bed, monkeypatch):
     for uid in (0, 4711):
-        monkeypatch.setattr(control, "_peer_uid", lambda _end, uid=uid: uid)
+        monkeypatch.setattr(control, "peer_uid", lambda _end, uid=uid: uid)
         with bed.connect() as client:
             client.sendall(b"x\n")
             bed.settle()
@@ -123,8 +132,6 @@ def test_asker_is_who_the_kernel_says(bed, monkeypatch):
     with bed.connect() as client:
         client.sendall(b"x\n")
         bed.settle()
-    import os
-
     assert [uid for uid, _ in bed.asked] == [0, 4711, os.getuid()]
 
 
@@ -246,6 +253,52 @@ def test_whoever_holds_connections_keeps_nobody_out(bed):
             bed.settle()
             assert everything(honest) == bed.reply
         assert everything(holders[0]) == b""  # the oldest made room
+
+
+def test_without_a_descriptor_left_nobody_is_let_in_and_the_loop_rests(bed):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with bed.connect() as waiting:
+        waiting.sendall(b"status\n")
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            bed.settle()
+            bed.control.drop_silent(time.monotonic())
+            assert not bed.turn()
+            bed.control.drop_silent(time.monotonic() + PAUSE_SECONDS)
+            bed.settle()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not bed.asked
+        bed.control.drop_silent(time.monotonic() + PAUSE_SECONDS)
+        bed.settle()
+        assert everything(waiting) == bed.reply
+
+
+def test_end_in_a_pause_of_listening(tmp_path, monkeypatch):
+    bed = Bed(tmp_path)
+
+    def no_room(_listener: socket.socket) -> None:
+        raise OSError(errno.EMFILE, "too many")
+
+    with bed.connect():
+        monkeypatch.setattr(socket.socket, "accept", no_room)
+        bed.settle()
+    bed.control.close()
+    assert not bed.selector.get_map()
+    bed.selector.close()
+
+
+def test_asker_who_is_not_known_is_sent_away(bed, monkeypatch):
+    def gone(_end: socket.socket) -> int:
+        raise OSError(errno.ENOTCONN, "gone")
+
+    monkeypatch.setattr(control, "peer_uid", gone)
+    with bed.connect() as client:
+        bed.settle()
+        assert everything(client) == b""
+    assert bed.clients == 0
 
 
 def test_thousand_requests_are_answered(bed):

@@ -1,7 +1,11 @@
+import contextlib
 import json
 import logging
 import os
+import select
 import socket
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -161,3 +165,106 @@ def test_chatter_of_libraries_is_left_out_but_not_their_warnings(capfd):
     error = capfd.readouterr().err
     assert "step" not in error
     assert "trouble" in error
+
+
+@pytest.fixture
+def pipe():
+    """A reader and a writer that waits."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def read_all(reader: int) -> bytes:
+    os.set_blocking(reader, False)
+    found = b""
+    with contextlib.suppress(BlockingIOError):
+        while data := os.read(reader, 1 << 16):
+            found += data
+    return found
+
+
+@pytest.mark.parametrize("size", [10, 3000, 20_000])
+def test_a_reader_that_stands_still_holds_nobody_up_and_gets_whole_lines_later(pipe, size):
+    reader, writer = pipe
+    handler = logs.StandardErrorHandler("json", LogBook("run"), descriptor=writer)
+    logs.log.addHandler(handler)
+    try:
+        began = time.monotonic()
+        for number in range(3000):
+            handler.emit(record(f"{number} {'x' * size}", worker="dns"))
+        took = time.monotonic() - began
+        first = read_all(reader)
+        handler.emit(record("heard again"))
+    finally:
+        logs.log.removeHandler(handler)
+    lines = (first + read_all(reader)).decode().splitlines()
+    # It was waited for once, and the machine may be busy.
+    assert took < 10
+    told = [json.loads(line)["message"] for line in lines if line.endswith("}")]
+    assert len(lines) - len(told) <= 1  # the last before it stood still may be cut
+    *before, again, notice = told
+    assert again == "heard again"
+    assert [int(text.split()[0]) for text in before] == list(range(len(before)))
+    assert notice == f"{3000 - len(before)} log lines were lost, nobody read standard error"
+    assert len(handler.book.read(0, worker="dns", limit=5000, max_bytes=1 << 30).entries) > 100
+
+
+@pytest.mark.parametrize("size", [0, 900, 9000])
+def test_a_terminal_that_stands_still_holds_nobody_up_and_is_not_changed(size):
+    screen, terminal = os.openpty()
+    handler = logs.StandardErrorHandler("text", LogBook("run"), descriptor=terminal)
+    try:
+        flood = threading.Thread(
+            target=lambda: [handler.emit(record("x" * size)) for _ in range(3000)], daemon=True
+        )
+        flood.start()
+        flood.join(20)
+        assert not flood.is_alive()
+        # Whoever started VNet goes on with the same terminal.
+        assert os.get_blocking(terminal)
+        assert read_all(screen)
+        handler.emit(record("heard again"))
+        # The screen is told by the kernel, in its own time.
+        shown = b""
+        while b"heard again\r\n" not in shown:
+            assert select.select([screen], [], [], 20)[0]
+            shown += os.read(screen, 1 << 16)
+    finally:
+        os.close(screen)
+        os.close(terminal)
+        os.close(handler._standard_error._descriptor)
+
+
+def test_threads_do_not_write_into_each_others_lines(pipe):
+    reader, writer = pipe
+    handler = logs.StandardErrorHandler("json", LogBook("run"), descriptor=writer)
+    threads = [
+        threading.Thread(target=lambda: [handler.emit(record("x" * 9000)) for _ in range(50)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    found = b""
+    while found.count(b"\n") < 200:
+        found += os.read(reader, 1 << 16)
+    for thread in threads:
+        thread.join()
+    assert all(json.loads(line)["message"] == "x" * 9000 for line in found.splitlines())
+
+
+def test_nobody_waits_for_a_reader_that_is_gone(pipe):
+    reader, writer = pipe
+    handler = logs.StandardErrorHandler("text", LogBook("run"), descriptor=writer)
+    while select.select([], [writer], [], 0)[1]:
+        os.write(writer, bytes(4096))
+    # The fixture closes a number, so it stays one.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, reader)
+    os.close(nothing)
+    began = time.monotonic()
+    for _ in range(1000):
+        handler.emit(record("x"))
+    assert time.monotonic() - began < 5
+    assert handler.book.read(0).entries

@@ -7,13 +7,15 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_fakes import NETWORK
+from run_fakes import NETWORK, make_workers
 
 from ipc.addresses import owner_of_address
+from ipc.messages import DataPlaneKind
 from ipc.order import ACCUSATION_SECONDS, MAX_ACCUSATIONS
 from ipc.window import Window
 from supervisor.listeners import ListenerRefusedError, Listeners
 from supervisor.patience import MAX_BELIEVED, MAX_WISHES, WISH_SECONDS, Patience
+from supervisor.restart_policy import RestartLimits
 
 
 @given(
@@ -54,6 +56,19 @@ def test_slot_is_not_believed_more_often_because_its_processes_change(restart_ma
     assert patience.believes(1.0 + ACCUSATION_SECONDS)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (3, 3)])
+def test_a_reloaded_limit_holds_for_a_slot_and_its_successor(before, after):
+    slot = make_workers("dns")["dns"]
+    slot.use_limits(RestartLimits(before, 30.0))
+    successor = slot.patience.for_successor()
+    while slot.patience.believes(1.0):
+        pass
+    slot.use_limits(RestartLimits(after, 30.0))
+    assert sum(successor.believes(2.0) for _ in range(9)) == max(0, after - before)
+    later = 3.0 + ACCUSATION_SECONDS
+    assert sum(slot.patience.believes(later) for _ in range(9)) == after
+
+
 def test_silence_of_an_honest_worker_is_long_enough_for_late_clocks():
     """It says as much as it may, then waits its time; all of it arrives late but the last."""
     patience = Patience(5)
@@ -79,6 +94,8 @@ def test_wishes_for_a_restart_are_limited_over_processes():
 class LoopbackPlane:
     """Listeners of the machine itself, on ports of the kernel's choice."""
 
+    kind = DataPlaneKind.NAMESPACE
+
     def __init__(self) -> None:
         self.opened = 0
 
@@ -100,7 +117,7 @@ OF = {
 
 @pytest.fixture
 def listeners():
-    made = Listeners(LoopbackPlane(), PROXIES, 11)  # type: ignore[arg-type]
+    made = Listeners(LoopbackPlane(), PROXIES, 5 * (PROXIES + 1) + 2)  # type: ignore[arg-type]
     yield made
     made.close_all()
 

@@ -4,7 +4,7 @@ It runs in network, mount and process namespaces of its own and leaves nothing b
 has its baseline from the same run: the machine may be slow or busy, the relation tells. The table
 goes to standard error, one line of JSON to standard output. Needs root.
 
-    scripts/bench [--quick] [--only memory|dns|connect|throughput|clusters|list|ways]
+    scripts/bench [--quick] [--only memory|dns|connect|throughput|clusters|list|ways|ssh]
 """
 
 import argparse
@@ -23,6 +23,7 @@ import bench_connect
 import bench_dns
 import bench_list
 import bench_memory
+import bench_ssh
 import bench_throughput
 import bench_ways
 from bench_figures import Figure, table
@@ -32,7 +33,7 @@ from demo.private_network import run_in_private_network
 # Parts that share a bed. Memory first: the others leave buffers behind that an idle VNet does not have.
 SHARED = ("memory", "dns", "connect", "throughput")
 # Each has a VNet and clusters of its own.
-OWN = ("clusters", "list", "ways")
+OWN = ("clusters", "list", "ways", "ssh")
 PARTS = (*SHARED, *OWN)
 # Should anything hang, the kernel ends everything with the namespace's first process.
 LIMIT_SECONDS = 1200
@@ -130,6 +131,9 @@ def _part_with_own_bed(part: str, directory: Path, effort: Effort) -> list[Figur
         return bench_clusters.measure(directory, effort.rounds)
     if part == "list":
         return bench_list.measure(directory, effort.rounds)
+    if part == "ssh":
+        plan = bench_ssh.THOROUGH if effort is THOROUGH else bench_ssh.QUICK
+        return bench_ssh.measure(directory, plan, _say)
     return bench_ways.measure(directory, effort.seconds, effort.rounds)
 
 

@@ -84,13 +84,13 @@ def running(directory: Path, *, only_dns: bool = False) -> Iterator[Bed]:
         start_upstream_dns(started, directory, {PROXY_HOST: PROXY_ADDRESS})
         prepare = partial(_write_certificates, directory)
         addresses = {ZONE: PROXY_ADDRESS}
-        with running_cluster(_clusters(), directory / "tsh", addresses, prepare) as give_up:
+        with running_cluster(_clusters(), directory / "tsh", addresses, prepare) as cluster:
             if not only_dns:
                 _start_backends(started)
             bed = Bed(directory, started, start_vnet(started, directory, directory / "web-ca.pem"))
             if not only_dns:
                 _fetch_certificates()
-                give_up()
+                cluster.give_up_addresses()
                 _start_far_end(bed)
             yield bed
 

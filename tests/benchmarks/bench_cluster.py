@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,14 +18,29 @@ START_SECONDS = 60.0
 Prepare = Callable[[EmbeddedCluster], None]
 
 
+@dataclass(frozen=True, slots=True)
+class RunningCluster:
+    """The process of a cluster file's clusters."""
+
+    pid: int
+    give_up_addresses: Callable[[], None]
+
+
+def join_login(home: Path, other_home: Path, proxy_host: str) -> None:
+    """Puts a login of another tsh home into this one, which may be in use."""
+    profile = f"{proxy_host}.yaml"
+    shutil.copytree(other_home / "keys" / proxy_host, home / "keys" / proxy_host)
+    shutil.copy(other_home / profile, home / profile)
+
+
 @contextlib.contextmanager
 def running_cluster(
     file: ClusterFile,
     home: Path,
     addresses: Mapping[str, str],
     prepare: Prepare = lambda _cluster: None,
-) -> Iterator[Callable[[], None]]:
-    """Runs the clusters, logged in to in `home`; gives a function that frees their addresses.
+) -> Iterator[RunningCluster]:
+    """Runs the clusters, logged in to in `home`.
 
     `addresses` are those of the proxies by cluster; `prepare` is called in the other process.
     """
@@ -40,7 +57,8 @@ def running_cluster(
         _expect(ours, "done")
 
     try:
-        yield give_up_addresses
+        assert process.pid is not None
+        yield RunningCluster(process.pid, give_up_addresses)
     finally:
         process.terminate()
         process.join()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench_cluster import running_cluster
+from bench_cluster import join_login, running_cluster
 from bench_dns import latencies
 from bench_figures import Aim, Compare, Figure, percentile
 from bench_programs import Programs, wait_for
@@ -165,15 +165,13 @@ def _hang(faults: Path) -> None:
 def _second_login(vnet: Vnet, other_home: Path) -> Iterator[None]:
     """A login to the other cluster, which VNet has seen when the block begins."""
     host = _host(OTHER)
-    profile, keys = vnet.home / f"{host}.yaml", vnet.home / "keys" / host
-    shutil.copytree(other_home / "keys" / host, keys)
-    shutil.copy(other_home / f"{host}.yaml", profile)
+    join_login(vnet.home, other_home, host)
     wait_for(lambda: _other(vnet) is not None, "the login is not seen", SETTLE_SECONDS)
     try:
         yield
     finally:
-        profile.unlink()
-        shutil.rmtree(keys)
+        (vnet.home / f"{host}.yaml").unlink()
+        shutil.rmtree(vnet.home / "keys" / host)
         wait_for(lambda: _other(vnet) is None, "the logout is not seen", SETTLE_SECONDS)
 
 

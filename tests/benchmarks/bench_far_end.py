@@ -10,6 +10,7 @@ the machine small, as if it ran on another.
 """
 
 import contextlib
+import multiprocessing
 import socket
 import ssl
 import struct
@@ -48,6 +49,22 @@ class Place:
     web: str
     host: str
     users: str
+
+
+@contextlib.contextmanager
+def running_far_end(places: Mapping[Way, Place]) -> Iterator[int]:
+    """Serves these ways in a process of its own, whose id it gives."""
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Event()
+    process = spawn.Process(target=serve, args=(places, ready), daemon=True)
+    process.start()
+    try:
+        if not ready.wait(20) or process.pid is None:
+            raise RuntimeError("the far end does not start")
+        yield process.pid
+    finally:
+        process.terminate()
+        process.join()
 
 
 def serve(places: Mapping[Way, Place], ready: "threading.Event") -> None:

@@ -6,6 +6,7 @@ Each function starts one program in the foreground, with all its files in `home`
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -19,6 +20,8 @@ NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 # What socat moves at once; larger blocks were not faster.
 SOCAT_BLOCK = "-b131072"
 _STOP_SECONDS = 5.0
+# Debian keeps sshd where an ordinary PATH does not lead.
+_PROGRAM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
 
 class Programs:
@@ -134,6 +137,42 @@ def dnsmasq(address: str, records: Mapping[str, str], wildcards: Mapping[str, st
         *(f"--host-record={name},{ip}" for name, ip in records.items()),
         *(f"--address=/{zone}/{ip}" for zone, ip in wildcards.items()),
     ]
+
+
+def sshd(home: Path, files: Path, host: str, port: int) -> list[str]:
+    """Debian's sshd with the host key, certificate and user authority of a node in `files`.
+
+    Its log says what was agreed on. It sees the mounts that there are when it is started.
+    """
+    config = home / f"sshd-{port}.conf"
+    config.write_text(
+        f"""ListenAddress {host}:{port}
+        HostKey {files}/ssh_host_key
+        HostCertificate {files}/ssh_host_key-cert.pub
+        TrustedUserCAKeys {files}/user_ca.pub
+        AuthorizedKeysFile none
+        AuthenticationMethods publickey
+        PermitRootLogin yes
+        StrictModes no
+        UsePAM no
+        PidFile none
+        PrintMotd no
+        PrintLastLog no
+        UseDNS no
+        LogLevel DEBUG1
+        MaxStartups 1000
+        Subsystem sftp internal-sftp
+        Match User *
+            LogLevel INFO
+        """
+    )
+    # It wants a directory in /run. As first process of a namespace it takes its sessions along.
+    script = 'mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd && exec "$@"'
+    namespace = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+    program = shutil.which("sshd", path=_PROGRAM_PATH)
+    if program is None:
+        raise RuntimeError("sshd is missing: install the package openssh-server")
+    return [*namespace, "sh", "-ec", script, "sh", program, "-D", "-e", "-f", str(config)]
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:

@@ -10,7 +10,6 @@ proxies' addresses.
 """
 
 import contextlib
-import multiprocessing
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from bench_cluster import running_cluster
-from bench_far_end import Place, Way, serve
+from bench_far_end import Place, Way, running_far_end
 from bench_figures import Figure, medians
 from bench_programs import Programs
 from bench_socat import DIRECTIONS, move
@@ -84,11 +83,11 @@ def _running(directory: Path) -> Iterator[tuple[Vnet, int]]:
         addresses = {_cluster(way): address for way, address in ADDRESSES.items()}
         prepare = partial(_write_certificates, directory)
         home = directory / "tsh"
-        with running_cluster(_clusters(), home, addresses, prepare) as give_up:
+        with running_cluster(_clusters(), home, addresses, prepare) as cluster:
             vnet = start_vnet(started, directory, directory / "web-ca.pem")
             _fetch_certificates()
-            give_up()
-            with _far_end(directory) as pid:
+            cluster.give_up_addresses()
+            with running_far_end({way: _place(directory, way) for way in Way}) as pid:
                 yield vnet, pid
 
 
@@ -144,22 +143,6 @@ def _fetch_certificates() -> None:
         for way in Way:
             for app in DIRECTIONS.values():
                 socket.create_connection((_address(way, app), PORT), timeout=20).close()
-
-
-@contextlib.contextmanager
-def _far_end(directory: Path) -> Iterator[int]:
-    spawn = multiprocessing.get_context("spawn")
-    ready = spawn.Event()
-    places = {way: _place(directory, way) for way in Way}
-    process = spawn.Process(target=serve, args=(places, ready), daemon=True)
-    process.start()
-    try:
-        if not ready.wait(20) or process.pid is None:
-            raise RuntimeError("the far end does not start")
-        yield process.pid
-    finally:
-        process.terminate()
-        process.join()
 
 
 def _figures(found: dict[str, float]) -> Iterator[Figure]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import chaos_traffic
-from chaos_accounts import Accounts, Cause, Names, Window, settle
+from chaos_accounts import Accounts, Cause, Names, Window, carries, settle
 from chaos_bed import Bed, load_of, running
 from chaos_processes import processes, strays
 from chaos_report import Aim
 from chaos_run import AFTER_SECONDS, BEFORE_SECONDS, Wish, owner_of, reach_all_apps
 from chaos_watch import View, Watcher
 
+from ipc.slots import SSH
 from supervisor.status import Health
 from supervisor.worker_states import WorkerState
 
@@ -134,16 +135,17 @@ def _others_work(bed: Bed, worker: str, addresses: dict[str, str]) -> bool | Non
 
 
 def _window(worker: str, began: float, ended: float) -> Window:
-    """A proxy that is given up cuts and refuses connections; tun and dns hide every name."""
-    is_proxy = worker.startswith("proxy-")
+    """A carrier that is given up cuts and refuses connections; tun and dns hide every name."""
+    is_carrier = carries(worker)
+    cause = Cause.KILLED_SSH if worker == SSH else Cause.KILLED_PROXY
     return Window(
-        cause=Cause.KILLED_PROXY if is_proxy else Cause.KILLED_OTHER,
+        cause=cause if is_carrier else Cause.KILLED_OTHER,
         began=began - BEFORE_SECONDS,
         ended=ended + AFTER_SECONDS,
-        worker=worker if is_proxy else "",
-        cuts=is_proxy,
-        refuses=is_proxy,
-        hides=frozenset() if is_proxy else frozenset(Names),
+        worker=worker if is_carrier else "",
+        cuts=is_carrier,
+        refuses=is_carrier,
+        hides=frozenset() if is_carrier else frozenset(Names),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Final, TypeAlias
 
 import msgspec
 
+from ipc.slots import SSH
+
 
 class Outcome(StrEnum):
     """How a connection went."""
@@ -45,6 +47,8 @@ class Cause(StrEnum):
 
     KILLED_PROXY = "killed proxy"
     STOPPED_PROXY = "stopped proxy"
+    KILLED_SSH = "killed ssh"
+    STOPPED_SSH = "stopped ssh"
     KILLED_OTHER = "killed tun or dns"
     LOGOUT = "logout"
     CLUSTER_DROPPED = "cluster dropped"
@@ -55,7 +59,7 @@ class Cause(StrEnum):
 
 
 class Connection(msgspec.Struct, tag="connection", kw_only=True):
-    """One connection; `owner` is the proxy that carries it.
+    """One connection; `owner` is the worker that carries it: a proxy, or `ssh`.
 
     A gap is a time without any bytes, of a transfer that went on afterwards.
     """
@@ -96,7 +100,7 @@ Record: TypeAlias = Connection | Question | Lag
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """The time in which an event may explain something; `worker` limits it to one proxy."""
+    """The time in which an event may explain something; `worker` limits it to what that one carries."""
 
     cause: Cause
     began: float
@@ -128,9 +132,17 @@ _MEANING: Final[dict[str, tuple[Cause, frozenset[Names], bool, bool]]] = {
 }
 
 
+_OF_SSH: Final = {Cause.KILLED_PROXY: Cause.KILLED_SSH, Cause.STOPPED_PROXY: Cause.STOPPED_SSH}
+
+
+def carries(worker: str) -> bool:
+    """Whether connections end when this worker does."""
+    return worker.startswith("proxy-") or worker == SSH
+
+
 def window_of(kind: str, target: str, began: float, ended: float) -> Window | None:
     """The window of an event of this kind, None when it explains nothing."""
-    if target and not target.startswith("proxy-"):
+    if target and not carries(target):
         if kind != "stop":
             return None
         # It hangs for longer than a resolver waits.
@@ -138,6 +150,8 @@ def window_of(kind: str, target: str, began: float, ended: float) -> Window | No
     if kind not in _MEANING:
         return None
     cause, hides, cuts, refuses = _MEANING[kind]
+    if target == SSH:
+        cause = _OF_SSH.get(cause, cause)
     return Window(
         cause=cause,
         began=began,

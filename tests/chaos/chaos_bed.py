@@ -30,10 +30,11 @@ import chaos_traffic
 from chaos_traffic import Load
 
 from demo import linux, upstream_dns
-from demo.cluster.config import App, Cluster, ClusterFile, check_clusters
+from demo.cluster.config import App, Cluster, ClusterFile, Node, check_clusters
 from demo.cluster.server import run_demo_cluster
 from demo.private_network import bring_up_loopback, use_own_resolver
 from demo.session import toml
+from ipc.slots import SSH
 from supervisor.cli.control_client import AskError, ask_status
 from supervisor.control_messages import Status as AskStatus
 from supervisor.status import Health
@@ -45,7 +46,8 @@ APPS, FRESH, FOREIGN = 24, 4000, 300
 # Half of VNet's own range: all names get their addresses there.
 NAMES_RANGE = "100.64.0.0/11"
 PROXIES = 2
-WORKERS = ("tun", "dns", *(f"proxy-{number}" for number in range(PROXIES)))
+WORKERS = ("tun", "dns", *(f"proxy-{number}" for number in range(PROXIES)), SSH)
+NODE = f"node1.{ZONE}"
 STATE_BYTES = 4 << 20
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
@@ -86,6 +88,10 @@ class Bed:
     @property
     def records_path(self) -> Path:
         return self.directory / "records"
+
+    @property
+    def ssh_config(self) -> Path:
+        return self.directory / "ssh_config"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -155,7 +161,7 @@ class Bed:
         path.write_text(toml(config))
         arguments = [sys.executable, "-m", "supervisor.main", "--config", str(path)]
         arguments += ["--run-dir", str(self.run_dir), "--state-dir", str(self.state_dir)]
-        arguments += ["--user", pwd.getpwuid(os.getuid()).pw_name, "--log-format", "json"]
+        arguments += ["--user", _own_name(), "--log-format", "json"]
         with self.log_path.open("ab") as log:
             self._supervisor = subprocess.Popen(
                 arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -219,7 +225,7 @@ def foreign() -> dict[str, str]:
 def load_of(bed: Bed) -> Load:
     """The usual load."""
     fresh = tuple(f"app-{number:05}.{ZONE}" for number in range(FRESH))
-    return Load(bed.server, PROXIES, apps(), fresh, foreign())
+    return Load(bed.server, PROXIES, apps(), fresh, foreign(), NODE, bed.ssh_config)
 
 
 @contextlib.contextmanager
@@ -232,6 +238,7 @@ def running(directory: Path, hang_seconds: float) -> Iterator[Bed]:
     linux.mount("chaos", bed.state_dir, "tmpfs", data=f"size={STATE_BYTES},mode=0755")
     bed.helpers += [_fork(chaos_far_end.serve), _fork(lambda: _serve_cluster(bed.home))]
     _wait_for_home(bed.home)
+    _write_ssh_config(bed)
     bed.start_supervisor()
     try:
         yield bed
@@ -265,9 +272,31 @@ def _clusters() -> ClusterFile:
         ipv4_cidr_range=NAMES_RANGE,
         custom_dns_zones=(ZONE,),
         apps=tuple(App(name=name.partition(".")[0], uri=uri, public_addr=name) for name in apps()),
+        logins=(_own_name(),),
+        nodes=(Node(hostname=NODE.partition(".")[0]),),
         generated_apps=FRESH,
     )
     return check_clusters(ClusterFile(clusters=(cluster,)))
+
+
+def _own_name() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+def _write_ssh_config(bed: Bed) -> None:
+    """As VNet's own, which has no hosts while there is no login."""
+    bed.ssh_config.write_text(
+        f"""Host {NODE}
+    HostKeyAlias {NODE}
+    IdentityFile {bed.home}/id_vnet
+    GlobalKnownHostsFile {bed.home}/vnet_known_hosts
+    UserKnownHostsFile /dev/null
+    StrictHostKeyChecking yes
+    IdentitiesOnly yes
+    IdentityAgent none
+    BatchMode yes
+"""
+    )
 
 
 def _fork(work: Callable[[], Coroutine[Any, Any, None]]) -> int:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import dnslib
-from chaos_far_end import PORT
 from chaos_processes import state_of
 
 ASK_SECONDS = 0.02
@@ -20,7 +19,9 @@ _ECHO, _ECHO_REPLY = 8, 0  # RFC 792
 class Recovery:
     """Asks every 20 ms, from the moment at which a process has died. Times count from `began`."""
 
-    def __init__(self, server: str, name: str, address: str, dial: str = "") -> None:
+    def __init__(
+        self, server: str, name: str, address: str, dial: tuple[str, int] | None = None
+    ) -> None:
         """DNS is asked for `name` at `server`, `address` is pinged, and `dial` connected to."""
         self.dns: float | None = None
         self.tun: float | None = None
@@ -97,7 +98,8 @@ class Recovery:
                 if self.tun is None and kind == _ECHO_REPLY and number == os.getpid() & 0xFFFF:
                     self.tun = passed
         if self._tcp is not None and self.connect is None:
-            error = self._tcp.connect_ex((self._dial_address, PORT))
+            assert self._dial_address is not None
+            error = self._tcp.connect_ex(self._dial_address)
             if error in (0, errno.EISCONN):
                 self.connect = passed
                 self._tcp.close()
@@ -110,7 +112,7 @@ class Recovery:
         if self._dial_address:
             self._tcp = self._closing.enter_context(socket.socket())
             self._tcp.setblocking(False)
-            self._tcp.connect_ex((self._dial_address, PORT))
+            self._tcp.connect_ex(self._dial_address)
 
 
 def _echo_request(identifier: int, number: int) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import chaos_traffic
 import dnslib
 from chaos_accounts import Accounts, Record, Window, settle, window_of
-from chaos_bed import PROXIES, WORKERS, Bed, apps, foreign, load_of, running
+from chaos_bed import NODE, PROXIES, WORKERS, Bed, apps, foreign, load_of, running
 from chaos_events import Action, Signalled, SkippedError, Stage, action
 from chaos_far_end import PORT
 from chaos_pattern import SHORT_BYTES, Pattern, Request
@@ -22,6 +22,7 @@ from chaos_schedule import CRASHES, Event, Kind, Step, first_allowed, steps
 from chaos_watch import Watcher
 
 from ipc.addresses import owner_of_address
+from ipc.slots import SSH, SSH_PORT
 from supervisor.cli.control_client import order
 from supervisor.config import SupervisorConfig
 from supervisor.control_messages import Level, LogLevel
@@ -94,17 +95,30 @@ def reach_all_apps(bed: Bed, addresses: Collection[str] = ()) -> dict[str, str]:
     found = dict.fromkeys(apps(), "") if not addresses else {text: text for text in addresses}
     for name in found:
         if not addresses:
-            with socket.socket(type=socket.SOCK_DGRAM) as end:
-                end.settimeout(10)
-                end.connect((bed.server, 53))
-                end.send(dnslib.DNSRecord.question(name).pack())
-                found[name] = str(dnslib.DNSRecord.parse(end.recv(4096)).a.rdata)
+            found[name] = _address_of(bed, name)
         with socket.create_connection((found[name], PORT), timeout=30) as end:
             end.sendall(Request("short", Pattern(0)).encode())
             got = 0
             while got < SHORT_BYTES and (piece := end.recv(4096)):
                 got += len(piece)
     return found
+
+
+def reach_node(bed: Bed) -> str:
+    """A connection to the SSH server that ends after its first line; the address. Raises OSError."""
+    address = _address_of(bed, NODE)
+    with socket.create_connection((address, SSH_PORT), timeout=30) as end:
+        if not end.recv(4096).startswith(b"SSH-2.0-"):
+            raise OSError("the node does not speak SSH")
+    return address
+
+
+def _address_of(bed: Bed, name: str) -> str:
+    with socket.socket(type=socket.SOCK_DGRAM) as end:
+        end.settimeout(10)
+        end.connect((bed.server, 53))
+        end.send(dnslib.DNSRecord.question(name).pack())
+        return str(dnslib.DNSRecord.parse(end.recv(4096)).a.rdata)
 
 
 class Run:
@@ -116,6 +130,7 @@ class Run:
         self._story = Story()
         self._origin = time.monotonic()
         self._addresses = reach_all_apps(bed)
+        self._node = reach_node(bed)
         addresses = tuple(self._addresses.values())
         self._stage = Stage(bed, watcher, self._chance, addresses)
 
@@ -130,6 +145,7 @@ class Run:
         self._break_in()
         bed.tell_load("pause")
         reach_all_apps(bed)
+        reach_node(bed)
         before = self._measure({})
         bed.tell_load("run")
         began = time.monotonic()
@@ -243,8 +259,10 @@ class Run:
     def _recovery(self, event: Event, step: Step) -> Recovery | None:
         if event.kind not in CRASHES:
             return None
-        own = [address for address in self._addresses.values() if owner_of(address) == event.target]
-        dial = own[0] if own else ""
+        own = [(one, PORT) for one in self._addresses.values() if owner_of(one) == event.target]
+        if event.target == SSH:
+            own = [(self._node, SSH_PORT)]
+        dial = own[0] if own else None
         # Apps have no names while there is no login.
         hides = any(other.kind in HIDES_APPS for other in step.events)
         name = next(iter(foreign())) if hides else apps()[0]
@@ -291,6 +309,7 @@ class Run:
         silent = set(WORKERS)
         while silent and time.monotonic() < deadline:
             reach_all_apps(self._bed)
+            reach_node(self._bed)
             with socket.socket(type=socket.SOCK_DGRAM) as end:
                 end.sendto(b"no question", (self._bed.server, 53))
             silent -= {str(line.get("worker")) for line in self._bed.log_lines(offset)}
@@ -425,6 +444,7 @@ class Run:
                 ("dns, of a proxy", "dns", proxies),
                 ("tun, of tun", "tun", ["tun"]),
                 ("connect, of a proxy", "connect", proxies),
+                ("connect, of ssh", "connect", [SSH]),
             ):
                 what_, _, whose = label.partition(", ")
                 found[f"{what_} after {kind} {whose}"] = self._back(kind, what, workers).as_json()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from chaos_accounts import carries
+
 
 class Kind(StrEnum):
     """What can happen."""
@@ -93,11 +95,11 @@ class _Turns:
 
 
 def steps(seed: int, workers: Sequence[str], without: Collection[Kind] = ()) -> Iterator[Step]:
-    """Steps without end. `workers` are tun, dns and the proxies."""
+    """Steps without end. `workers` are tun, dns, the proxies and ssh."""
     chance = random.Random(seed)
-    proxies = [worker for worker in workers if worker.startswith("proxy-")]
+    carriers = [worker for worker in workers if carries(worker)]
     targets = {kind: _Turns(chance, workers) for kind in (Kind.STOP, Kind.SLOW, Kind.DRAIN)}
-    kills = _Turns(chance, proxies)
+    kills = _Turns(chance, carriers)
     floods = (Kind.FLOOD_SYN, Kind.FLOOD_DNS, Kind.FLOOD_GARBAGE)
     clusters = (Kind.PROXY_DOWN, Kind.AUTH_DOWN, Kind.CLOSE_APPS)
     logins = (Kind.REWRITE, Kind.LOGOUT)

@@ -1,6 +1,6 @@
-"""The load: transfers both ways, short connections and questions, each written down when it ends.
+"""The load: transfers both ways, short connections, SSH and questions, each written down when it ends.
 
-It runs in a process of its own. Every connection looks its app's name up first, as a program does.
+SSH is the stock client: sessions in which a command sends everything back, and mere logins. It runs in a process of its own. Every connection looks its app's name up first, as a program does.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from chaos_far_end import PIECE_BYTES, PIECE_SECONDS, PORT
 from chaos_pattern import PERIOD, PROGRESS, SHORT_BYTES, SUMMARY, Pattern, Request
 
 from ipc.addresses import owner_of_address
+from ipc.slots import SSH
 
 # resolv.conf(5): how long the C library waits for an answer, and how often it asks.
 ANSWER_SECONDS, TRIES = 5.0, 2
@@ -31,6 +32,13 @@ IDLE_SECONDS = 45.0
 GAP_SECONDS = 0.2
 LAG_LOOK_SECONDS, LAG_SECONDS = 0.05, 0.2
 TRANSFER_SECONDS = (5.0, 25.0)
+# A quarter of the pace of a transfer: each byte comes back, and the node is a part of the cluster.
+SSH_PIECE_BYTES = 8192
+# What the client says when it was not let in; everything else that it complains of is a cut.
+SSH_REFUSALS = ("Connection refused", "Permission denied")
+SSH_TIMEOUTS = ("timed out", "Timeout")
+SSH_STRANGER = "Host key verification failed"
+MAX_COMPLAINT_BYTES, MAX_DETAIL = 4096, 200
 MOST_OPEN = 400
 
 
@@ -39,7 +47,8 @@ class Load:
     """How much of everything there is, and which names there are.
 
     `apps` lead to the far end. `fresh` are names of other apps, each asked for once; `foreign` are
-    names of others with their addresses.
+    names of others with their addresses. `node` is an SSH server, `ssh_config` how its name is to be
+    used.
     """
 
     server: str
@@ -47,10 +56,14 @@ class Load:
     apps: tuple[str, ...]
     fresh: tuple[str, ...]
     foreign: Mapping[str, str]
+    node: str
+    ssh_config: Path
     transfers: int = 6
     short_per_second: float = 10
     questions_per_second: float = 15
     fresh_per_second: float = 1
+    ssh_sessions: int = 2
+    ssh_logins_per_second: float = 0.5
 
 
 class Traffic:
@@ -72,8 +85,10 @@ class Traffic:
         makers = [
             asyncio.ensure_future(work)
             for work in (
-                self._keep_transferring("down"),
-                self._keep_transferring("up"),
+                self._keep_going(self._load.transfers // 2, self._down_transfer),
+                self._keep_going(self._load.transfers // 2, self._up_transfer),
+                self._keep_going(self._load.ssh_sessions, self._ssh_session),
+                self._often(self._load.ssh_logins_per_second, self._ssh_login),
                 self._often(self._load.short_per_second, self._short),
                 self._often(self._load.questions_per_second, self._ask_known),
                 self._often(self._load.fresh_per_second, self._ask_fresh),
@@ -112,12 +127,20 @@ class Traffic:
             if len(self._tasks) < MOST_OPEN:
                 self._start(make())
 
-    async def _keep_transferring(self, way: str) -> None:
-        slots = asyncio.Semaphore(self._load.transfers // 2)
+    async def _keep_going(self, count: int, make: Callable[[], Awaitable[None]]) -> None:
+        """As many at any time."""
+        slots = asyncio.Semaphore(count)
+
+        async def once() -> None:
+            try:
+                await make()
+            finally:
+                slots.release()
+
         while True:
             await slots.acquire()
             await self._may_run.wait()
-            self._start(self._transfer(way, slots))
+            self._start(once())
             await asyncio.sleep(0.1)
 
     async def _watch_lag(self) -> None:
@@ -130,11 +153,11 @@ class Traffic:
 
     # -- connections --
 
-    async def _transfer(self, way: str, slots: asyncio.Semaphore) -> None:
-        try:
-            await self._connection(way, self._down if way == "down" else self._up)
-        finally:
-            slots.release()
+    async def _down_transfer(self) -> None:
+        await self._connection("down", self._down)
+
+    async def _up_transfer(self) -> None:
+        await self._connection("up", self._up)
 
     async def _short(self) -> None:
         await self._connection("short", self._fetch)
@@ -240,6 +263,86 @@ class Traffic:
         async with asyncio.timeout(IDLE_SECONDS):
             return await self._loop.sock_recv(end, 1 << 16)
 
+    # -- SSH --
+
+    async def _ssh_session(self) -> None:
+        await self._ssh("ssh", "cat", self._echo)
+
+    async def _ssh_login(self) -> None:
+        await self._ssh("ssh login", "true", _nothing)
+
+    async def _ssh(self, way: str, command: str, talk: "_Talk") -> None:
+        load = self._load
+        address = await self._ask(load.node, Names.KNOWN, "udp")
+        if not address:
+            return
+        record = Connection(
+            way=way,
+            app=load.node,
+            owner=SSH,
+            began=time.monotonic(),
+            ended=0.0,
+            outcome=Outcome.COMPLETED,
+        )
+        client = await asyncio.create_subprocess_exec(
+            *("ssh", "-F", str(load.ssh_config), "-o", f"HostName={address}"),
+            *("-o", f"ConnectTimeout={CONNECT_SECONDS:g}", load.node, command),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert client.stdin is not None
+        assert client.stdout is not None
+        assert client.stderr is not None
+        complaint = asyncio.ensure_future(_complaint_of(client.stderr))
+        try:
+            is_whole = await talk(client.stdin, client.stdout, record)
+            async with asyncio.timeout(IDLE_SECONDS):
+                status = await client.wait()
+            judge_client(record, status, await complaint, is_whole=is_whole)
+        except TimeoutError:
+            record.outcome, record.detail = Outcome.HUNG, "open"
+            client.kill()
+            await client.wait()
+        finally:
+            complaint.cancel()
+        record.ended = time.monotonic()
+        self._write(record)
+
+    async def _echo(
+        self, to: asyncio.StreamWriter, back: asyncio.StreamReader, record: Connection
+    ) -> bool:
+        """Sends at an even pace and compares what comes back; whether all of it came."""
+        pattern, sent = Pattern(self._chance.randrange(PERIOD)), 0
+
+        async def send() -> None:
+            nonlocal sent
+            until = time.monotonic() + self._chance.uniform(*TRANSFER_SECONDS)
+            with contextlib.suppress(OSError):  # the client's end says more
+                while time.monotonic() < until and self._may_run.is_set():
+                    piece = pattern.piece(sent, SSH_PIECE_BYTES)
+                    sent += len(piece)
+                    to.write(piece)
+                    await to.drain()
+                    await asyncio.sleep(PIECE_SECONDS)
+                to.close()
+
+        sender = asyncio.ensure_future(send())
+        # A gap is a gap only after something came: the login takes its time.
+        last = 0.0
+        try:
+            while True:
+                async with asyncio.timeout(IDLE_SECONDS):
+                    piece = await back.read(1 << 16)
+                if not piece:
+                    return sender.done() and record.bytes == sent
+                last = _note_gap(record, last) if last else time.monotonic()
+                record.wrong += pattern.wrong_bytes(record.bytes, piece)
+                record.bytes += len(piece)
+        finally:
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+
     # -- questions --
 
     async def _ask_known(self) -> None:
@@ -317,6 +420,40 @@ class Traffic:
             return dnslib.DNSRecord.parse(await reader.readexactly(length))
         finally:
             writer.close()
+
+
+_Talk = Callable[[asyncio.StreamWriter, asyncio.StreamReader, Connection], Awaitable[bool]]
+
+
+async def _nothing(
+    to: asyncio.StreamWriter, _back: asyncio.StreamReader, _record: Connection
+) -> bool:
+    to.close()
+    return True
+
+
+async def _complaint_of(errors: asyncio.StreamReader) -> str:
+    """All that the client says, in one line; of very much the end."""
+    found = b""
+    while piece := await errors.read(MAX_COMPLAINT_BYTES):
+        found = (found + piece)[-MAX_COMPLAINT_BYTES:]
+    return " ".join(found.decode(errors="replace").split())
+
+
+def judge_client(record: Connection, status: int, complaint: str, *, is_whole: bool) -> None:
+    """Writes down how a session went, from what the SSH client says of it."""
+    if status == 0:
+        record.outcome = Outcome.COMPLETED if is_whole else Outcome.ENDED_EARLY
+        return
+    record.detail = complaint[-MAX_DETAIL:] or f"status {status}"
+    if any(text in complaint for text in SSH_TIMEOUTS):
+        record.outcome = Outcome.HUNG
+    elif any(text in complaint for text in SSH_REFUSALS):
+        record.outcome = Outcome.REFUSED
+    else:
+        record.outcome = Outcome.RESET
+    # Nothing that happens to VNet makes the node another one.
+    record.wrong += SSH_STRANGER in complaint
 
 
 async def _judged(talk: Awaitable[None], record: Connection) -> None:

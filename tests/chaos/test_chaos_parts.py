@@ -24,7 +24,7 @@ from chaos_processes import Process, strays
 from chaos_report import Aim, Times, missed, table
 from chaos_schedule import CRASHES, LASTING, MAX_CRASHES, Event, Kind, Step, first_allowed, steps
 
-WORKERS = ("tun", "dns", "proxy-0", "proxy-1")
+WORKERS = ("tun", "dns", "proxy-0", "proxy-1", "ssh")
 
 
 def events_of(seed: int, count: int, without=()) -> list[Event]:
@@ -159,6 +159,23 @@ def test_a_killed_proxy_explains_only_cuts_of_its_own_at_that_time(outcome):
     assert why_cut(connection(outcome, 1, 9), windows) is Cause.OTHER
 
 
+@pytest.mark.parametrize(
+    ("kind", "cause"), [("kill", Cause.KILLED_SSH), ("stop", Cause.STOPPED_SSH)]
+)
+def test_the_end_of_ssh_explains_cuts_of_ssh_and_of_no_app(kind, cause):
+    windows = [window(kind, "ssh", 10, 12)]
+    assert why_cut(connection(Outcome.RESET, 1, 11, "ssh"), windows) is cause
+    assert why_cut(connection(Outcome.RESET, 1, 11, "proxy-0"), windows) is Cause.OTHER
+    assert why_cut(connection(Outcome.REFUSED, 11, 11.5, "ssh"), windows) is Cause.OTHER
+    assert window_of("slow", "ssh", 10, 12) is None
+    assert window_of("drain", "ssh", 10, 12) is None
+
+
+def test_a_killed_proxy_explains_no_cut_of_ssh():
+    windows = [window("kill", "proxy-0", 10, 12)]
+    assert why_cut(connection(Outcome.RESET, 1, 11, "ssh"), windows) is Cause.OTHER
+
+
 def test_a_killed_proxy_explains_no_refusal():
     windows = [window("kill", "proxy-0", 10, 12)]
     assert why_cut(connection(Outcome.REFUSED, 11, 11.5), windows) is Cause.OTHER
@@ -252,6 +269,34 @@ def test_records_come_back_from_their_file(tmp_path):
     encode = chaos_traffic.msgspec.json.encode
     path.write_bytes(b"".join(encode(record) + b"\n" for record in records) + b'{"type":"conn')
     assert chaos_traffic.read(path) == records
+
+
+@pytest.mark.parametrize(
+    ("status", "complaint", "is_whole", "outcome"),
+    [
+        (0, "", True, Outcome.COMPLETED),
+        (0, "", False, Outcome.ENDED_EARLY),
+        (255, "ssh: connect to host h port 22: Connection refused", True, Outcome.REFUSED),
+        (255, "VNet: no login alice@h: Permission denied (publickey).", True, Outcome.REFUSED),
+        (255, "ssh: connect to host h port 22: Connection timed out", True, Outcome.HUNG),
+        (255, "kex_exchange_identification: read: Connection reset by peer", True, Outcome.RESET),
+        (255, "Connection to h closed by remote host.", False, Outcome.RESET),
+        (-9, "", False, Outcome.RESET),
+    ],
+)
+def test_how_an_ssh_session_went_is_taken_from_its_client(status, complaint, is_whole, outcome):
+    record = connection(Outcome.COMPLETED, 1, 2, "ssh")
+    chaos_traffic.judge_client(record, status, complaint, is_whole=is_whole)
+    assert (record.outcome, record.wrong) == (outcome, 0)
+
+
+def test_a_node_that_seems_to_be_another_one_counts_as_a_wrong_byte():
+    """No event explains those."""
+    record = connection(Outcome.COMPLETED, 1, 2, "ssh")
+    complaint = f"{'@' * 300} Host key verification failed."
+    chaos_traffic.judge_client(record, 255, complaint, is_whole=True)
+    assert record.wrong == 1
+    assert record.detail.endswith("verification failed.")
 
 
 # -- processes and report --

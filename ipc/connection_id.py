@@ -12,8 +12,6 @@ from typing import Final
 # Flow ids of one tun count up from a random number: so many of them differ in these bits.
 _BITS: Final = 40
 
-CONNECTION_ID_LENGTH: Final = 1 + _BITS // 5
-
 
 def connection_id(flow_id: int) -> str:
     """`c` and eight characters of base 32 (RFC 4648, section 6, in lower case)."""

@@ -52,6 +52,8 @@ class Refusal(StrEnum):
     CERTIFICATE_REFUSED = "certificate_refused"  # the cluster issued no certificate
     CLUSTER_UNREACHABLE = "cluster_unreachable"  # the proxy or its auth service cannot be reached
     MFA_REQUIRED = "mfa_required"  # nobody answered the prompt
+    NODE_UNREACHABLE = "node_unreachable"  # the proxy knows no such SSH host, or it is offline
+    ACCESS_DENIED = "access_denied"  # the cluster does not let this user connect
     TOO_MANY = "too_many"  # a limit of VNet is reached
     USER_NOT_ALLOWED = "user_not_allowed"  # this operating system user may not connect
     PROBE = "probe"  # the supervisor's own question whether the way works; no failure
@@ -188,13 +190,41 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = ""
 
 
+class DataPlaneKind(StrEnum):
+    """How packets get to the listening sockets (docs/architecture.md)."""
+
+    NAMESPACE = "namespace"  # unchanged, into a network namespace with the virtual addresses
+    REWRITING = "rewriting"  # rewritten, back into the device they came from
+
+
+class Redirect(msgspec.Struct, frozen=True, kw_only=True):
+    """Packets to a virtual address and port go to this port of the interface's own address.
+
+    With local port 0 they do not any more.
+    """
+
+    address: PackedAddress
+    port: Port
+    local_port: Port
+    is_udp: bool = False
+
+    def __post_init__(self) -> None:
+        _check_length(self.address)
+
+
 class ConfigureTun(Message, frozen=True, tag=True):
-    """First message to tun. Descriptors: [outer device, inner device]."""
+    """First message to tun. Descriptors: [outer device, inner device], or [outer device].
+
+    The second where packets are rewritten; then RedirectsChanged follows. With `has_family_header` each
+    packet of the device has its address family before it (4 bytes, as macOS does).
+    """
 
     common: Common
     network: Network
     max_pending: int
     pending_seconds: float
+    data_plane: DataPlaneKind = DataPlaneKind.NAMESPACE
+    has_family_header: bool = False
 
 
 class ConfigureDns(Message, frozen=True, tag=True):
@@ -214,12 +244,12 @@ class ConfigureProxy(Message, frozen=True, tag=True):
 
     common: Common
     network: Network
-    index: int
     teleport_home: str
     user_home: str
     book_path: str
     prompts_dir: str  # of the sockets for `vnet mfa`
     max_connections: int
+    max_listeners: int  # that the supervisor opens for it
     ca_file: str
     insecure: bool
     mfa_seconds: float  # that a user has for a second factor
@@ -229,6 +259,16 @@ class NetworkChanged(Message, frozen=True, tag=True):
     """Ranges were added or removed; the routes are already there."""
 
     network: Network
+
+
+class RedirectsChanged(Message, frozen=True, tag=True):
+    """Redirects have come, changed or gone. Several may follow the configuration.
+
+    `is_complete` says that no more follow now: with what was said before, the table is whole.
+    """
+
+    redirects: Annotated[list[Redirect], Meta(max_length=1000)]
+    is_complete: bool
 
 
 class UpstreamChanged(Message, frozen=True, tag=True):
@@ -409,6 +449,7 @@ SupervisorToWorker: TypeAlias = (
     | ConfigureDns
     | ConfigureProxy
     | NetworkChanged
+    | RedirectsChanged
     | UpstreamChanged
     | NamesChanged
     | ListenerOpened

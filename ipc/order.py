@@ -64,6 +64,7 @@ SAID: Final[dict[tuple[Stage, MessageType], Stage]] = {
 _CONFIGURATIONS: Final[tuple[MessageType, ...]] = (m.ConfigureTun, m.ConfigureDns, m.ConfigureProxy)
 _NEWS: Final[tuple[MessageType, ...]] = (
     m.NetworkChanged,
+    m.RedirectsChanged,
     m.UpstreamChanged,
     m.NamesChanged,
     m.ListenerOpened,

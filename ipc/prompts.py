@@ -9,7 +9,8 @@
 
 A page of single sign-on is answered in the browser: it comes back to the proxy, not to `vnet mfa`.
 
-The socket is `<run dir>/mfa/<slot>.sock` (0600, the VNet user's). Source of the WebAuthn fields:
+The socket is `<run dir>/mfa/<slot>.sock` (0600, the VNet user's); a proxy that finishes beside its
+successor and may still have to ask has `<slot>-old.sock`. Source of the WebAuthn fields:
 https://www.w3.org/TR/webauthn-2/ sections 5.5 and 5.2.2; bytes are base64 in JSON.
 """
 
@@ -24,6 +25,7 @@ from ipc.messages import SafeText
 
 # In the run directory.
 PROMPTS_DIRECTORY = "mfa"
+LEAVING_ENDING = "-old.sock"
 # With its line feed. A WebAuthn challenge with many keys has a few kilobytes.
 MAX_LINE_BYTES = 64 * 1024
 MAX_CREDENTIALS = 100

@@ -16,3 +16,7 @@ class Window:
             return False
         self._taken.append(now)
         return True
+
+    def use_limit(self, limit: int) -> None:
+        """From now on; the latest events still count."""
+        self._taken = deque(self._taken, maxlen=limit)

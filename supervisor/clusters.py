@@ -66,7 +66,8 @@ def combine(views: Sequence[ClusterView]) -> ClusterView:
     """What the proxies say together: as the first has it, but a cluster is well only if all say so.
 
     Each proxy has connections of its own and notices a failure when it asks something, which the
-    others may not do for minutes; a new login is taken over by one before the others.
+    others may not do for minutes; a new login is taken over by one before the others. The problem
+    is that of the first that has one: each sees the tsh home, and one alone keeps files there.
     """
     first, *others = views
     failing: dict[tuple[str, str], Cluster] = {}
@@ -83,7 +84,7 @@ def combine(views: Sequence[ClusterView]) -> ClusterView:
             )
         else:
             combined.append(cluster)
-    return ClusterView(combined, first.problem)
+    return ClusterView(combined, next((view.problem for view in views if view.problem), ""))
 
 
 def complete(clusters: Sequence[Cluster], known: Sequence[Cluster]) -> list[Cluster]:

@@ -11,6 +11,7 @@ from supervisor import config, next_start, reload_plan, settings
 from supervisor import control_messages as cm
 from supervisor.control import Promise
 from supervisor.crew import CannotReplaceError
+from supervisor.diag.known import known_of
 from supervisor.exits import ExitStatus, MisconfiguredError
 from supervisor.run import Run
 from supervisor.status import Health, Summary
@@ -70,7 +71,7 @@ class Commands:
         return text
 
     def _carry_out(
-        self, request: cm.Stop | cm.Reload | cm.Restart | cm.LogLevel | cm.Logs
+        self, request: cm.Stop | cm.Reload | cm.Restart | cm.LogLevel | cm.Logs | cm.Diag
     ) -> bytes | Promise:
         supervisor = self._supervisor
         match request:
@@ -88,6 +89,9 @@ class Commands:
                 return self._set_log_level(request)
             case cm.Logs():
                 return self._read_log(request)
+            case cm.Diag():
+                status = self._reporter.collect(os.getpid())
+                return cm.encode(known_of(supervisor, status)) + b"\n"
             case _:
                 assert_never(request)
 

@@ -69,11 +69,15 @@ class Logs(Request, frozen=True):
     limit: Annotated[int, Meta(ge=1, le=MAX_PIECE_LINES)] = MAX_PIECE_LINES
 
 
-AnyRequest: TypeAlias = Status | Stop | Reload | Restart | LogLevel | Logs
+class Diag(Request, frozen=True):
+    """What `vnet diag` wants to know, answered by `supervisor.diag.facts.VnetFacts` as JSON."""
+
+
+AnyRequest: TypeAlias = Status | Stop | Reload | Restart | LogLevel | Logs | Diag
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer to everything but Status and Logs: an exit status of `vnet` and a sentence."""
+    """Answer to everything but Status, Logs and Diag: an exit status of `vnet` and a sentence."""
 
     status: int
     text: str

@@ -94,19 +94,20 @@ class KeptWorker(_Part, frozen=True, kw_only=True):
 
 
 class KeptListener(_Part, frozen=True, kw_only=True):
-    """An open listener on a virtual address (packed)."""
+    """A listener for a virtual address (packed) and port; idle if no proxy uses it."""
 
     address: bytes
     port: int
     descriptor: int
+    is_idle: bool = False
 
 
 class KeptDevices(_Part, frozen=True, kw_only=True):
     """The data plane: `supervisor.dataplane.KeptLink`."""
 
     outer: int
-    inner: int
-    namespace: int
+    inner: int | None
+    namespace: int | None
     dns: list[int]
 
 
@@ -151,7 +152,8 @@ class Handover(_Part, frozen=True, kw_only=True):
     def descriptors(self) -> Iterator[int]:
         """Every descriptor that is named in it and open."""
         devices = self.devices
-        yield from (self.lock, self.control, devices.outer, devices.inner, devices.namespace)
+        yield from (self.lock, self.control, devices.outer)
+        yield from (part for part in (devices.inner, devices.namespace) if part is not None)
         yield from devices.dns
         yield from (listener.descriptor for listener in self.listeners)
         for worker in (*self.workers, *self.leavers):

@@ -3,6 +3,7 @@
 What is written is also kept in a `LogBook`, for `vnet logs`.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -14,6 +15,9 @@ import msgspec
 
 from ipc.log_limit import LimitFilter
 from supervisor.log_book import LEVELS, LevelName, LogBook, LogEntry
+from supervisor.standard_error import StandardError
+
+log = logging.getLogger(__name__)
 
 LogFormat = Literal["text", "json"]
 
@@ -28,10 +32,10 @@ _exceptions = logging.Formatter()
 
 
 class StandardErrorHandler(logging.Handler):
-    """Writes each record with one system call, and keeps it in `book`.
+    """Writes each record at once, and keeps it in `book`; any thread may call `emit`.
 
-    No buffered stream is used: a lock held by one thread at the moment of a fork would be held
-    for ever in the child.
+    No buffered stream is used: its lock, held by one thread at the moment of a fork, would be held
+    for ever in the child. The lock of a handler is made anew there.
     """
 
     def __init__(
@@ -40,15 +44,18 @@ class StandardErrorHandler(logging.Handler):
         book: LogBook | None = None,
         *,
         to_journal: bool = False,
+        descriptor: int = 2,
     ) -> None:
         """`to_journal`: standard error is the journal, which takes the level of each line."""
         super().__init__()
+        self._standard_error = StandardError(descriptor)
+        self._lost = 0
         self.book = book or LogBook()
         self._format = log_format
         self._to_journal = to_journal
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the record; a closed or full standard error loses it, VNet goes on."""
+        """Writes the record; a standard error that is closed, full or not read loses it, VNet goes on."""
         if record.levelno < logging.WARNING and record.name.partition(".")[0] in _CHATTY:
             return
         try:
@@ -59,11 +66,20 @@ class StandardErrorHandler(logging.Handler):
                 line = with_priority(text_line(entry), entry.level)
             else:
                 line = text_line(entry)
-            os.write(2, (line + "\n").encode(errors="replace"))
+            self._write((line + "\n").encode(errors="replace"))
         except OSError:
             pass
         except (ValueError, TypeError):
             self.handleError(record)
+
+    def _write(self, line: bytes) -> None:
+        with self.lock or contextlib.nullcontext():
+            if not self._standard_error.write(line):
+                self._lost += 1
+                return
+            lost, self._lost = self._lost, 0
+        if lost:
+            log.warning("%d log lines were lost, nobody read standard error", lost)
 
 
 def entry_of(record: logging.LogRecord) -> LogEntry:

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 from ipc.prompts import PROMPTS_DIRECTORY
@@ -18,8 +19,8 @@ from supervisor.exits import (
 from supervisor.network import PREFIX_RANDOM_BYTES, ula_prefix
 from supervisor.settings import User
 
-# unix(7): a socket's path has 107 bytes, and "/mfa/proxy-63.sock" comes after the directory.
-MAX_PATH_BYTES = 107 - 18
+# unix(7): a socket's path has 107 bytes (macOS: 103), and "/mfa/proxy-63.sock" comes after the directory.
+MAX_PATH_BYTES = (103 if sys.platform == "darwin" else 107) - 18
 
 
 class RunDirectory:

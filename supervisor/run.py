@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ipc.messages import Network, SetLogLevel
+from ipc.messages import DataPlaneKind, Network, SetLogLevel
 from supervisor.clusters import ClusterView
 from supervisor.control import Promise
 from supervisor.log_book import LogBook
@@ -51,6 +51,11 @@ class ObservedRun(Protocol):
         ...
 
     @property
+    def data_plane(self) -> DataPlaneKind:
+        """How packets get to the sockets."""
+        ...
+
+    @property
     def os_integration(self) -> str:
         """What sets up the system's resolver, as `dns.os_integration` names it."""
         ...
@@ -58,6 +63,11 @@ class ObservedRun(Protocol):
     @property
     def os_problems(self) -> Sequence[str]:
         """Sentences about the system's resolver."""
+        ...
+
+    @property
+    def os_reasons(self) -> Sequence[str]:
+        """Clauses that say why `os_integration` was chosen; empty before it was."""
         ...
 
     @property

@@ -3,6 +3,7 @@
 import functools
 import os
 import pwd
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,8 +13,10 @@ from supervisor.config import Config
 from supervisor.exits import MisconfiguredError
 from supervisor.logs import LogFormat
 
-DEFAULT_RUN_DIR = Path("/run/vnet")
-DEFAULT_STATE_DIR = Path("/var/lib/vnet")
+# hier(7): macOS has neither /run nor /var/lib, and lets nobody make the former.
+_IS_MACOS = sys.platform == "darwin"
+DEFAULT_RUN_DIR = Path("/var/run/vnet" if _IS_MACOS else "/run/vnet")
+DEFAULT_STATE_DIR = Path("/var/db/vnet" if _IS_MACOS else "/var/lib/vnet")
 RUN_DIR_VARIABLE = "VNET_RUN_DIR"
 
 

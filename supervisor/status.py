@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from ipc.messages import Cluster, ClusterState
+from ipc.messages import Cluster, ClusterState, DataPlaneKind
 from supervisor.exits import ExitStatus
 from supervisor.worker_states import WorkerState
 
@@ -90,6 +90,7 @@ class NetworkStatus(_Part, frozen=True):
     dns_addresses: list[str]
     dns_zones: list[str]
     os_integration: str
+    data_plane: DataPlaneKind
 
 
 class ClusterStatus(_Part, frozen=True):

@@ -147,6 +147,7 @@ def _network(supervisor: ObservedRun) -> status.NetworkStatus:
         dns_addresses=[as_text(address) for address in dns_addresses(network)],
         dns_zones=list(supervisor.zones),
         os_integration=supervisor.os_integration,
+        data_plane=supervisor.data_plane,
     )
 
 

@@ -7,6 +7,7 @@ work happens in the loop.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import selectors
@@ -41,6 +42,7 @@ from supervisor.confinement.reach import reach_of
 from supervisor.control import ControlSocket, Promise
 from supervisor.conversation import Conversation
 from supervisor.crew import CannotReplaceError, Crew
+from supervisor.dataplane import DataPlane
 from supervisor.exits import StartupError
 from supervisor.handover import (
     Handover,
@@ -66,6 +68,7 @@ from supervisor.service_link import ServiceLink
 from supervisor.settings import Settings, version
 from supervisor.status_report import TOTALS
 from supervisor.upgrade import Upgrade, UpgradeError
+from supervisor.waiting_start import StoppedError, WaitingStart
 from supervisor.worker import Worker, put_down
 from supervisor.worker_states import WorkerState
 
@@ -145,12 +148,20 @@ class Supervisor:
         return self._network_watch.problems
 
     @property
+    def data_plane(self) -> m.DataPlaneKind:
+        return self._data_plane.kind
+
+    @property
     def os_integration(self) -> str:
         return self._os_settings.backend_name
 
     @property
     def os_problems(self) -> Sequence[str]:
         return self._os_settings.problems
+
+    @property
+    def os_reasons(self) -> Sequence[str]:
+        return self._os_settings.reasons
 
     def run(self) -> None:
         """Runs until SIGINT, SIGTERM or `vnet stop`.
@@ -159,7 +170,11 @@ class Supervisor:
             StartupError: VNet cannot run here; nothing is left behind.
         """
         with contextlib.ExitStack() as closing:
-            self._set_up(closing)
+            try:
+                self._set_up(closing)
+            except StoppedError:
+                self._service.stopping()
+                return
             log.info(
                 "VNet %s %s for %s on %s",
                 version(),
@@ -310,7 +325,10 @@ class Supervisor:
             next_start.forget_log_level(settings.state_dir)
         # Before anything is set up: what a VNet that died has left may keep names from being found.
         self._os_settings = OsSettings(
-            settings.config.dns.os_integration, settings.state_dir, goes_on=handed is not None
+            settings.config.dns.os_integration,
+            settings.state_dir,
+            goes_on=handed is not None,
+            on_upstream=self._wake_up,
         )
         closing.callback(self._os_settings.close)
         return user_state / "book.sqlite"
@@ -322,9 +340,7 @@ class Supervisor:
             log.warning(
                 "teleport.insecure is set: the certificates of Teleport proxies are not verified"
             )
-        self._data_plane, plan = link_making.make(
-            self.settings, self._handed, self._link_store, self._os_settings.upstream
-        )
+        self._data_plane, plan = self._make_link()
         closing.callback(self._close_data_plane)
         self._prober = Prober(
             plan,
@@ -335,12 +351,33 @@ class Supervisor:
         closing.callback(self._prober.close)
         # Half of the descriptors is for everything else, copies on their way to a worker included.
         limit = min(MAX_LISTENERS, privileges.raise_file_limit() // 2)
-        self._listeners = Listeners(self._data_plane, config.proxy.workers, limit)
+        self._listeners = Listeners(
+            self._data_plane, config.proxy.workers, limit, self._tell_redirects
+        )
         closing.callback(self._listeners.close_all)
         self._nameservers = Nameservers(
             config.dns.upstream, network.dns_addresses(plan), self._os_settings.upstream
         )
         return plan
+
+    def _make_link(self) -> tuple[DataPlane, m.Network]:
+        make = functools.partial(
+            link_making.make,
+            self.settings,
+            self._handed,
+            self._link_store,
+            self._os_settings.upstream,
+        )
+        if self._handed is not None or not self._notifier.is_heard:
+            return make()
+        waiting = WaitingStart(
+            self.settings,
+            self._run_directory.control_path,
+            self._selector,
+            self._notifier,
+            lambda: self._stop_is_ordered,
+        )
+        return waiting.run(make)
 
     def _find_surroundings(self, plan: m.Network, book_path: Path) -> Surroundings:
         settings, handed, directory = self.settings, self._handed, self._run_directory
@@ -353,6 +390,9 @@ class Supervisor:
                 bus_dir=directory.bus_path,
                 book_path=book_path,
                 prompts_dir=directory.prompts_path,
+                data_plane=self._data_plane.kind,
+                has_family_header=self._data_plane.has_family_header,
+                max_listeners=self._listeners.share,
             )
         proxies = settings.config.proxy.workers
         chosen = identities.choose(configure.slots(proxies), settings.user)
@@ -364,6 +404,9 @@ class Supervisor:
             bus_dir=directory.make_bus(chosen.bus_group),
             book_path=book_path,
             prompts_dir=directory.make_prompts(settings.user, change_owner=os.geteuid() == 0),
+            data_plane=self._data_plane.kind,
+            has_family_header=self._data_plane.has_family_header,
+            max_listeners=self._listeners.share,
         )
 
     def _make_follower(self) -> ClusterFollower:
@@ -419,9 +462,15 @@ class Supervisor:
             slot: Identity(kept.uid, kept.gid, kept.extra_group)
             for slot, kept in handed.identities.items()
         }
-        self._listeners.adopt(
-            {(kept.address, kept.port): kept.descriptor for kept in handed.listeners}
+        used, idle = (
+            {
+                (kept.address, kept.port): kept.descriptor
+                for kept in handed.listeners
+                if kept.is_idle == is_idle
+            }
+            for is_idle in (False, True)
         )
+        self._listeners.adopt(used, idle)
         adopted = [
             Worker.adopt(
                 kept,
@@ -464,8 +513,9 @@ class Supervisor:
                 outer=link.outer, inner=link.inner, namespace=link.namespace, dns=list(link.dns)
             ),
             listeners=[
-                KeptListener(address=address, port=port, descriptor=descriptor)
-                for (address, port), descriptor in self._listeners.keep().items()
+                KeptListener(address=address, port=port, descriptor=descriptor, is_idle=is_idle)
+                for is_idle, kept in zip((False, True), self._listeners.keep(), strict=True)
+                for (address, port), descriptor in kept.items()
             ],
             workers=workers,
             leavers=leavers,
@@ -527,12 +577,17 @@ class Supervisor:
         closing.callback(signal.set_wakeup_fd, previous)
         for number in upgrade.SIGNALS:
             closing.callback(signal.signal, number, signal.signal(number, _do_nothing))
-        self._signals = reader
+        self._signals, self._waker = reader, writer
         self._selector.register(
             reader, selectors.EVENT_READ, lambda _events: self._take_signals(reader)
         )
         # An earlier program of this process has blocked them.
         upgrade.unblock_signals()
+
+    def _wake_up(self) -> None:
+        """The loop begins its next turn; any thread may call it."""
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")
 
     def _take_signals(self, reader: socket.socket) -> None:
         for number in reader.recv(4096):
@@ -556,6 +611,14 @@ class Supervisor:
             "dns": self._data_plane.dns_descriptors,
         }
         worker.send(message, descriptors.get(worker.slot, []))
+        if worker.slot == "tun" and self._data_plane.kind is m.DataPlaneKind.REWRITING:
+            table = [*self._data_plane.dns_redirects, *self._listeners.redirects()]
+            for part in configure.redirects(table):
+                worker.send(part)
+
+    def _tell_redirects(self, changed: list[m.Redirect]) -> None:
+        for part in configure.redirects(changed):
+            self._broadcast(part, {"tun"})
 
     def _take_over(self, worker: Worker) -> None:
         for address, port, descriptor in self._listeners.of(worker.slot):
@@ -639,6 +702,9 @@ class Supervisor:
             worker.flush()
         for message in worker.receive(time.monotonic()):
             self._conversation.take(worker, message)
+        # Before the status is asked for in the same turn: it is not healthy while the system does not
+        # know a zone.
+        self._os_settings.want(self._resolver_wish())
 
     def _reap(self, now: float) -> None:
         for worker in [worker for worker in self._crew if worker.has_ended()]:

@@ -273,7 +273,8 @@ def become(program: Sequence[str], state: Handover, environment: Mapping[str, st
 
 def _open_descriptors() -> list[int]:
     """All but the standard ones."""
-    found = [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
+    listed = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
+    found = [int(entry.name) for entry in listed.iterdir()]
     present = []
     for number in found:
         # The directory's own descriptor is among them, and gone.

@@ -315,6 +315,7 @@ class Worker:
     def use_limits(self, limits: RestartLimits) -> None:
         """From now on; crashes of the past still count."""
         self._policy.limits = limits
+        self.patience.use_restart_max(limits.restart_max)
 
     def watch(self, now: float, hang_seconds: float) -> None:
         """Does what is due about a worker that is silent, or does not end as it was told."""

@@ -2,6 +2,7 @@
 
 Once a worker is another user and confined it may not be able to read its own program. What is
 missing here shows as a line "... is imported by a confined worker" in the log (`supervisor.spawn`).
+And what they shall do without: None among `sys.modules` says that a package is not there.
 """
 
 import _strptime  # type: ignore[import-not-found]  # noqa: F401  # datetime.strptime, for certificates
@@ -14,3 +15,7 @@ from importlib.util import find_spec
 if find_spec("google.rpc") is None:
     sys.modules["google.rpc"] = None  # type: ignore[assignment]  # documented for this purpose
     sys.modules["google.rpc.status_pb2"] = None  # type: ignore[assignment]
+
+# Paramiko takes this for `Match exec` in files of OpenSSH's client, which nobody reads here: half of the time
+# that its own import takes.
+sys.modules.setdefault("invoke", None)  # type: ignore[arg-type]  # documented for this purpose

@@ -237,6 +237,29 @@ def _order(run_dir: Path | None, request: cm.AnyRequest) -> None:
 
 
 @app.command()
+def connections(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Print again when something changes, until Ctrl-C.")
+    ] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Show what connects through VNet, how fast, from which program, and why not.
+
+    First totals for each target, then the connections: those that go on, and the last that have ended.
+
+    Example: vnet connections --watch
+    """
+    from supervisor.cli.connections import run  # noqa: PLC0415  # only this command needs it
+
+    try:
+        status = run(settings.run_dir(run_dir, os.environ), watch=watch, as_json=as_json)
+    except AskError as error:
+        fail(error.status, str(error))
+    raise SystemExit(int(status))
+
+
+@app.command()
 def mfa(
     watch: Annotated[
         bool, typer.Option("--watch", help="Go on with the prompts that come, until Ctrl-C.")
@@ -285,6 +308,37 @@ ConfigFile = Annotated[
 
 
 @app.command()
+def diag(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the report there; in a folder it gets a name."),
+    ] = None,
+    config: ConfigFile = None,
+    run_dir: RunDir = None,
+    state_dir: Annotated[
+        Path, typer.Option("--state-dir", metavar="DIR", help="Where no VNet runs: its directory.")
+    ] = settings.DEFAULT_STATE_DIR,
+) -> None:
+    """Look for what keeps names and connections from working. Exit status 1 if issues were found.
+
+    Takes 20 seconds at most. Without a running VNet the report says what could not be checked.
+
+    Example: vnet diag --output .
+    """
+    from supervisor.cli import diag as work  # noqa: PLC0415  # only this command needs it
+
+    where = settings.run_dir(run_dir, os.environ)
+    try:
+        status = work.diagnose(
+            work.Options(where, state_dir, config, as_json=as_json, output=output), os.environ
+        )
+    except work.DiagError as error:
+        fail(error.status, str(error))
+    work.leave(status)
+
+
+@app.command()
 def ls(
     kind: Annotated[
         list[str] | None, typer.Option(metavar="app|db|node", help="Only these; may be repeated.")
@@ -309,6 +363,29 @@ def ls(
     except CommandError as error:
         fail(error.status, str(error))
     raise SystemExit(int(status))
+
+
+@app.command("ssh-config")
+def ssh_config(
+    install: Annotated[
+        bool, typer.Option("--install", help="Put the line at the top of ~/.ssh/config.")
+    ] = False,
+    putty: Annotated[
+        bool, typer.Option("--putty", help='Write a session "VNet" for PuTTY instead.')
+    ] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Print the line that has OpenSSH know the SSH servers behind VNet. Needs no running VNet.
+
+    Example: vnet ssh-config --install && ssh alice@node1.example.com
+    """
+    from supervisor.cli import ssh_config as work  # noqa: PLC0415  # only this command needs it
+    from supervisor.cli.teleport_access import CommandError  # noqa: PLC0415  # see the module
+
+    try:
+        work.run(config, os.environ, install=install, putty=putty)
+    except CommandError as error:
+        fail(error.status, str(error))
 
 
 @app.command()

@@ -27,7 +27,8 @@ from supervisor.exits import ExitStatus
 LOOK_SECONDS = 0.5
 # A proxy that is being replaced is back by then.
 START_SECONDS = 5.0
-MAX_PROXIES = 64
+# 64 that are numbered, `ssh`, and one that finishes beside its successor.
+MAX_PROXIES = 66
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class _Mfa:
         self._is_watching = watch
         self._dialog = d.Dialog()
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
-        self._connections: dict[str, _Connection] = {}
+        # By the number of the socket's file, which it keeps when a proxy steps aside.
+        self._connections: dict[int, _Connection] = {}
         self._numbers = iter(range(sys.maxsize))
         self._was_heard = False
         self._input = LineInput(self._put)
@@ -120,8 +122,8 @@ class _Mfa:
 
     async def _connect_new(self) -> bool:
         """Connects to what it is not connected to; whether there is any connection."""
-        for path in self._sockets():
-            if path in self._connections:
+        for inode, path in self._sockets():
+            if inode in self._connections:
                 continue
             try:
                 reader, writer = await asyncio.open_unix_connection(path, limit=p.MAX_LINE_BYTES)
@@ -130,22 +132,22 @@ class _Mfa:
             except OSError:
                 continue  # of a proxy that is gone, or not yet there
             source = next(self._numbers)
-            task = self._loop.create_task(self._listen(source, path, reader))
-            self._connections[path] = _Connection(source, writer, task)
+            task = self._loop.create_task(self._listen(source, inode, reader))
+            self._connections[inode] = _Connection(source, writer, task)
             self._perform(self._dialog.connected(source))
         return bool(self._connections)
 
-    def _sockets(self) -> list[str]:
+    def _sockets(self) -> list[tuple[int, str]]:
         try:
             with os.scandir(self._directory) as entries:
-                found = sorted(e.path for e in entries if e.name.endswith(".sock"))
+                found = [(e.inode(), e.path) for e in entries if e.name.endswith(".sock")]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except PermissionError as error:
             raise _not_permitted(str(self._directory)) from error
         return found[:MAX_PROXIES]
 
-    async def _listen(self, source: int, path: str, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, source: int, inode: int, reader: asyncio.StreamReader) -> None:
         try:
             while True:
                 message = p.decode_from_proxy(await reader.readuntil(b"\n"))
@@ -156,7 +158,7 @@ class _Mfa:
             msgspec.MsgspecError,
             OSError,
         ):
-            self._connections.pop(path).close()
+            self._connections.pop(inode).close()
             self._events.put_nowait(_Gone(source))
 
     async def _look_again(self) -> None:

@@ -9,9 +9,9 @@ import hostile_trigger
 from msgspec import structs
 
 from ipc import messages as m
-from ipc.addresses import owner_of_address
 from ipc.bus import Sender
 from ipc.messages import AnyMessage, ConfigureProxy
+from ipc.slots import owner_of_connection
 from workers.proxy import worker as real
 from workers.runtime import Runtime
 
@@ -24,7 +24,7 @@ class Attacker:
     def __init__(self, runtime: Runtime[ConfigureProxy], worker: real.ProxyWorker) -> None:
         self.runtime = runtime
         self.worker = worker
-        self.index = runtime.config.index
+        self.slot = runtime.config.common.slot
         self.proxies = runtime.config.common.proxies
 
 
@@ -34,7 +34,7 @@ def listeners(attacker: Attacker) -> None:
     # From the third address on: VNet's own are refused for another reason, and once a second one is told.
     for number in range(3, 1 << 20):
         address = (0x64400000 + number).to_bytes(4, "big")
-        if owner_of_address(address, attacker.proxies) == attacker.index:
+        if owner_of_connection(address, 81, attacker.proxies) == attacker.slot:
             attacker.runtime.send(m.OpenListener(address=address, port=81))
             said += 1
         if said == 9000:

@@ -11,6 +11,7 @@ from ipc.bus import BusServer, Sender
 from ipc.messages import AnyMessage, ConfigureTun
 from workers.runtime import Runtime
 from workers.tun import worker as real
+from workers.tun.inspector import Inspector
 
 
 class Attacker:
@@ -83,7 +84,7 @@ ATTACKS: dict[str, Callable[[Attacker], None]] = {
 
 async def main(runtime: Runtime[ConfigureTun]) -> None:
     attacker = Attacker()
-    serve, inspect = runtime.serve_bus, real.Inspector.inspect_from_outer
+    serve, inspect = runtime.serve_bus, Inspector.inspect_from_outer
 
     def serve_bus(on_message: Callable[[Sender, AnyMessage], None]) -> BusServer:
         def hear(sender: Sender, message: AnyMessage) -> None:
@@ -93,14 +94,14 @@ async def main(runtime: Runtime[ConfigureTun]) -> None:
         attacker.bus = serve(hear)
         return attacker.bus
 
-    def inspect_from_outer(self: real.Inspector, data: bytes) -> bool:
+    def inspect_from_outer(self: Inspector, data: bytes) -> bytes | None:
         where = bytes(data).find(hostile_trigger.TRIGGER)
         if where < 0:
             return inspect(self, data)
         name = hostile_trigger.name_in(bytes(data[where:]))
         hostile_trigger.run(name, ATTACKS[name], attacker)
-        return False
+        return None
 
     runtime.serve_bus = serve_bus  # type: ignore[method-assign]
-    real.Inspector.inspect_from_outer = inspect_from_outer  # type: ignore[method-assign]
+    Inspector.inspect_from_outer = inspect_from_outer  # type: ignore[method-assign]
     await real.main(runtime)

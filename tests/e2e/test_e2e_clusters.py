@@ -390,7 +390,7 @@ def test_the_web_port_of_any_name_below_a_cluster_leads_to_the_proxys_web_pages(
     web = 443 if cluster == "beta.example" else 3080
     page = json.loads(curl(bed, f"https://{name}:{web}/webapi/ping", "-k"))
     assert page["cluster_name"] == cluster
-    refused_because(bed, name, 22, "tsh ssh")
+    refused_because(bed, name, 22, "(node_unreachable): SSH host ")
     for port in (80, 3080 if web == 443 else 443):
         refused_because(bed, name, port, "no app and no database has this name")
 

@@ -47,7 +47,7 @@ def test_every_thread_of_every_worker_is_confined(bed):
             assert found["NoNewPrivs"] == "1"
             assert {int(found[name], 16) for name in SETS} == {0}
             assert found["Uid"].split() == found["Gid"].split() == [str(confinement["uid"])] * 4
-    assert uids["proxy-0"] == uids["proxy-1"]
+    assert uids["proxy-0"] == uids["proxy-1"] == uids["ssh"]
     assert len(set(uids.values())) == 3
     assert uids["tun"] > 0 < uids["dns"]
 

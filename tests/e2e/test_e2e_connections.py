@@ -126,7 +126,10 @@ def test_a_port_that_the_app_does_not_have_is_refused_at_once(bed, port):
 @pytest.mark.parametrize("name", ["node.e2e.test", "nothing.teleport.e2e.test"])
 def test_a_name_below_the_clusters_leads_to_the_web_proxy_and_nowhere_else(bed, name, kind):
     address = bed.resolve(name, kind)[0]
-    for port, reason in ((80, "no app and no database has this name"), (22, "tsh ssh")):
+    for port, reason in (
+        (80, "no app and no database has this name"),
+        (22, "refused (node_unreachable)"),
+    ):
         assert bed.seconds_until_refused(address, port) < AT_ONCE_SECONDS
         wait_until(lambda reason=reason: reason in bed.log(), "a log line")
     context = ssl.create_default_context()

@@ -23,7 +23,7 @@ from ipc.addresses import owner_of_name
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
 ECHO, OWN, PORTS = (f"{app}.teleport.e2e.test" for app in ("echo", "own", "ports"))
-WORKERS = ("tun", "proxy-0", "proxy-1", "dns")
+WORKERS = ("tun", "proxy-0", "proxy-1", "ssh", "dns")
 DATA = random.Random(3).randbytes(16 << 20)
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 

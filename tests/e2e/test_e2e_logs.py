@@ -14,7 +14,6 @@ from demo_bed import VNET, demo_bed
 from private_bed import Bed, lines_of, read_exactly, wait_until
 from shared_cluster import CLUSTER, CONFIG
 
-from ipc.connection_id import CONNECTION_ID_LENGTH
 from supervisor.spawn import DUMP_SIGNAL
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
@@ -56,7 +55,7 @@ def history(bed: Bed, words: str, until: Callable[[list[str]], bool]) -> list[tu
         found = lines(bed)
         if (line := line_about(found, words)) is None:
             return []
-        assert len(line["connection"]) == CONNECTION_ID_LENGTH
+        assert line["connection"]
         about_it = [
             (other["worker"], other["message"])
             for other in found
@@ -193,7 +192,7 @@ def test_another_user_gets_nothing(told, request_line):
 def test_a_wrong_worker_is_told_the_right_ones(told):
     done = told.run(VNET, "logs", "--worker", "proxy-7")
     assert done.returncode == 2
-    for name in ("supervisor", "tun", "dns", "proxy-0", "proxy-1"):
+    for name in ("supervisor", "tun", "dns", "proxy-0", "proxy-1", "ssh"):
         assert name in done.stderr.decode()
 
 

@@ -397,9 +397,9 @@ def test_nobody_but_the_vnet_user_and_root_reaches_the_prompts(own_bed):
     ):
         bed.wait_for_health("healthy")
         directory = bed.run_dir / "mfa"
-        sockets = sorted(directory.iterdir())
-        assert [path.name for path in sockets] == ["proxy-0.sock", "proxy-1.sock"]
-        for path, mode in ((directory, 0o700), *((path, 0o600) for path in sockets)):
+        sockets = sorted(directory.glob("*.sock"))
+        assert [path.name for path in sockets] == ["proxy-0.sock", "proxy-1.sock", "ssh.sock"]
+        for path, mode in ((directory, 0o700), *((path, 0o600) for path in directory.iterdir())):
             found = path.stat()
             assert (found.st_mode & 0o7777, found.st_uid) == (mode, user.pw_uid), path
         with socket.socket(socket.AF_UNIX) as end, pytest.raises(PermissionError):

@@ -174,7 +174,7 @@ def test_sigterm_leaves_no_interface_no_route_and_no_file(empty):
         assert "100.64.0.0/10 dev vnet0" in empty.output("ip", "route")
         pid = supervisor_pid(process)
         workers = children(pid)
-        assert len(workers) == 4
+        assert len(workers) == 5
         os.kill(pid, signal.SIGTERM)
         assert process.wait(10) == 0
         assert not any(map(is_running, workers))
@@ -265,10 +265,10 @@ def test_status_has_the_keys_of_the_contract(bed):
             *("name", "pid", "state", "restarts", "uptime_seconds", "heartbeat_age_seconds"),
             *("rss_bytes", "cpu_percent", "last_exit"),
         } <= worker.keys()
-    assert [w["name"] for w in answer["workers"]] == ["tun", "proxy-0", "proxy-1", "dns"]
+    assert [w["name"] for w in answer["workers"]] == ["tun", "proxy-0", "proxy-1", "ssh", "dns"]
     assert {
         *("interface", "mtu", "ipv4_cidr_ranges", "ipv6_prefix", "dns_addresses", "dns_zones"),
-        "os_integration",
+        *("os_integration", "data_plane"),
     } <= answer["network"].keys()
     [cluster] = answer["clusters"]
     assert {"name", "profile", "leaf_of", "state", "user", "expires"} <= cluster.keys()
@@ -285,7 +285,7 @@ def test_status_has_the_keys_of_the_contract(bed):
 def test_status_for_people_names_the_workers_and_fits_80_columns(bed):
     text = bed.output("vnet", "status")
     assert "VNet is healthy" in text
-    assert all(name in text for name in ("tun", "proxy-0", "proxy-1", "dns"))
+    assert all(name in text for name in ("tun", "proxy-0", "proxy-1", "ssh", "dns"))
     assert max(map(len, text.splitlines())) <= 80
 
 

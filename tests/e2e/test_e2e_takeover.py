@@ -1,6 +1,7 @@
 """What is left when a supervisor dies, and what its successor goes on with."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -95,30 +96,49 @@ class Service:
         return began
 
 
+@pytest.fixture(scope="module")
+def place() -> Iterator[Bed]:
+    """A demo whose own VNet has given way to those that a service manager starts."""
+    with demo_bed(CLUSTER, CONFIG) as bed:
+        bed.wait_for_health("healthy")
+        bed.output("vnet", "stop")
+        wait_until_gone(bed)
+        yield bed
+
+
+def wait_until_gone(bed: Bed) -> None:
+    wait_until(lambda: bed.health() == "none", "VNet has ended")
+    wait_until(lambda: not any("vnet" in name for name in links(bed)), "its interface is gone")
+
+
+_numbers = itertools.count()
+
+
 @contextlib.contextmanager
 def service_in(bed: Bed) -> Iterator[Service]:
-    """The demo's VNet gives way to one that a service manager has started."""
+    """A VNet that a service manager has started, with a record and a log of its own."""
     directory = Path(bed.environment["VNET_RUN_DIR"]).parent
-    bed.output("vnet", "stop")
-    wait_until(lambda: bed.health() == "none", "the demo's own VNet has ended")
-    wait_until(lambda: "vnet0" not in links(bed), "its interface is gone")
-    record = bed.directory / "manager.json"
+    config = bed.path(directory / "vnet.toml")
+    before, name = config.read_text(), f"service-{next(_numbers)}"
+    record = bed.directory / f"{name}.json"
     arguments = ["--config", f"{directory}/vnet.toml", "--user", "root"]
     arguments += ["--run-dir", f"{directory}/run", "--state-dir", f"{directory}/state"]
-    bed.logs.append(bed.directory / "service.log")
+    bed.logs[:] = [bed.directory / f"{name}.log"]
     script = str(Path(__file__).with_name("service_manager.py"))
     program = [sys.executable, script, str(record), SUPERVISOR, *arguments]
-    with bed.running(*program, log_name="service") as process:
+    with bed.running(*program, log_name=name) as process:
         try:
             bed.wait_for_health("healthy")
             yield Service(bed, record)
         finally:
             stop(process)
+            config.write_text(before)
+    wait_until_gone(bed)
 
 
 @pytest.fixture
-def service(doomed) -> Iterator[Service]:
-    with service_in(doomed) as service:
+def service(place) -> Iterator[Service]:
+    with service_in(place) as service:
         yield service
 
 
@@ -154,12 +174,12 @@ def test_the_link_stays_up_when_a_killed_supervisor_is_started_again(service):
     assert bed.log().count("stays up") == 3
 
 
-def test_an_orderly_end_takes_the_link_down_and_empties_the_store(doomed):
-    with service_in(doomed) as service:
-        assert "vnet0" in links(doomed)
+def test_an_orderly_end_takes_the_link_down_and_empties_the_store(place):
+    with service_in(place) as service:
+        assert "vnet0" in links(place)
     assert service.events("ended") == [0]
     assert service.events("left") == [[]]
-    assert "vnet0" not in links(doomed)
+    assert "vnet0" not in links(place)
 
 
 def test_a_link_that_does_not_fit_any_more_is_made_anew(service):

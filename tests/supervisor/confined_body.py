@@ -105,12 +105,12 @@ def configuration(common: m.Common) -> m.Message:
             return m.ConfigureProxy(
                 common=common,
                 network=NETWORK,
-                index=0,
                 teleport_home="",
                 user_home="",
                 book_path="",
                 prompts_dir="",
                 max_connections=1,
+                max_listeners=1,
                 ca_file="",
                 insecure=False,
                 mfa_seconds=5.0,

@@ -21,6 +21,7 @@ from pretend_worker import AnyRuntime, Behaviour
 
 from ipc import codec, logpipe
 from ipc import messages as m
+from ipc.permits import Role, role_of
 
 ADDRESS = b"\x64\x40\3\4"
 HEARTBEAT = codec.encode(m.Heartbeat(counters={}))
@@ -54,7 +55,7 @@ def _then(action: Callable[[AnyRuntime], None]) -> Behaviour:
     """Becomes ready, does it, and lives on like a good worker."""
 
     async def behave(runtime: AnyRuntime) -> None:
-        if runtime.config.common.slot.startswith("proxy-"):
+        if role_of(runtime.config.common.slot) is Role.PROXY:
             runtime.send(m.ClustersReported(clusters=[]))
         runtime.ready()
         await asyncio.sleep(0.05)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from ipc import messages as m
+from ipc.permits import Role, role_of
 from workers.runtime import Runtime
 
 AnyRuntime = Runtime  # of whichever configuration
@@ -52,7 +53,7 @@ async def main(runtime: AnyRuntime) -> None:
 
 async def work(runtime: AnyRuntime) -> None:
     """What a good worker does."""
-    if runtime.config.common.slot.startswith("proxy-"):
+    if role_of(runtime.config.common.slot) is Role.PROXY:
         runtime.send(m.ClustersReported(clusters=[]))
     runtime.ready()
     await runtime.stopping.wait()
@@ -78,7 +79,7 @@ def drain_while(marker: Marker) -> Behaviour:
     """Hands over when it is told to drain, and ends when the marker is not set any more."""
 
     async def behave(runtime: AnyRuntime) -> None:
-        if runtime.config.common.slot.startswith("proxy-"):
+        if role_of(runtime.config.common.slot) is Role.PROXY:
             runtime.send(m.ClustersReported(clusters=[]))
         await runtime.taken_over()
         runtime.ready()
@@ -120,7 +121,7 @@ def send_raw(*datagrams: bytes, after: Marker | None = None) -> Behaviour:
     """Becomes ready, writes these to its channel (once `after` is not set) and lives on."""
 
     async def behave(runtime: AnyRuntime) -> None:
-        if runtime.config.common.slot.startswith("proxy-"):
+        if role_of(runtime.config.common.slot) is Role.PROXY:
             runtime.send(m.ClustersReported(clusters=[]))
         runtime.ready()
         await asyncio.sleep(0.05)

@@ -62,8 +62,10 @@ class FakeRun:
     range_problems: list[str] = field(default_factory=list)
     probe_problems: list[str] = field(default_factory=list)
     network_problems: list[str] = field(default_factory=list)
+    data_plane: m.DataPlaneKind = m.DataPlaneKind.NAMESPACE
     os_integration: str = "none"
     os_problems: list[str] = field(default_factory=list)
+    os_reasons: list[str] = field(default_factory=list)
     were_ready: bool = True
     started_at: float = 0.0
     past_counters: dict[str, int] = field(default_factory=dict)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pretend_worker
 from run_fakes import NETWORK, settings
 
+from ipc import messages as m
 from supervisor import control_messages as cm
-from supervisor import host_network, link_making, logs, spawn, supervisor
+from supervisor import link_making, logs, spawn, supervisor, this_system
 from supervisor.cli.control_client import AskError, ask_status, order
 from supervisor.config import parse
 from supervisor.dataplane import KeptLink
@@ -51,6 +52,8 @@ class NoDataPlane:
         return {}
 
     has_ipv6 = True
+    kind = m.DataPlaneKind.NAMESPACE
+    has_family_header = False
 
     def keep(self) -> KeptLink:
         """Good enough to be named."""
@@ -141,7 +144,7 @@ class SupervisedRun:
         link_making.NamespaceDataPlane = NoDataPlane  # type: ignore[misc,assignment]
         supervisor.Prober = NoProber  # type: ignore[misc,assignment]
         supervisor.NetworkWatch = NoNetworkWatch  # type: ignore[misc,assignment]
-        host_network.read_host = HostRoutes
+        this_system.read_host = HostRoutes
         for role in spawn.WORKER_MODULES:
             spawn.WORKER_MODULES[role] = pretend_worker.__name__
         Supervisor(self.settings, handler).run()

@@ -295,7 +295,7 @@ def order(vnet: Vnet, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def level_of_start(state_dir: Path, *flags: str) -> str:
     arguments = ["--config", str(state_dir / "vnet.toml"), "--state-dir", str(state_dir), *flags]
-    return main._settings(main._parser().parse_args(arguments), None).log_level
+    return main._settings(main.make_parser().parse_args(arguments), None).log_level
 
 
 @pytest.fixture

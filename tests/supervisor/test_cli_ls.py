@@ -33,7 +33,8 @@ def test_columns_are_as_wide_as_needed():
         row("wiki", "https://wiki.demo.test", protocol="web", ports="", note="a web app"),
         row("orders", "orders.db.teleport.demo.test", Kind.DATABASE, protocol="postgres"),
         row("cache", "", Kind.DATABASE, protocol="redis", ports="", note="not carried"),
-        row("node1", "node1.demo.test", Kind.NODE, protocol="ssh", ports="22", note="no SSH"),
+        row("node1", "node1.demo.test", Kind.NODE, protocol="ssh", ports="22"),
+        row("far", "far.other.test", note="in no zone"),
     ]
     assert lines(rows) == [
         "KIND         NAME    ADDRESS                       PORTS      CLUSTER",
@@ -41,8 +42,9 @@ def test_columns_are_as_wide_as_needed():
         "app web      wiki    https://wiki.demo.test        -          demo.test",
         "db postgres  orders  orders.db.teleport.demo.test  any        demo.test",
         "db redis     cache   -                             -          demo.test",
+        "node         node1   node1.demo.test               22         demo.test",
         # What cannot be used is not shown as if it could.
-        "node         node1   -                             -          demo.test",
+        "app          far     -                             -          demo.test",
     ]
 
 

@@ -216,3 +216,12 @@ def test_a_cluster_is_well_only_if_it_is_for_every_proxy():
         assert sorted(c.state for c in found.clusters) == ["ok", "unreachable"]
         assert [c.problem for c in found.clusters if c.problem] == [failing.problem]
     assert clusters.combine([first, clusters.ClusterView([], "")]) == first
+
+
+def test_what_one_proxy_alone_finds_wrong_with_the_home_is_told():
+    def problem(*problems: str) -> str:
+        return clusters.combine([clusters.ClusterView([], text) for text in problems]).problem
+
+    assert problem("", "", "cannot be written") == "cannot be written"
+    assert problem("no profile", "", "cannot be written") == "no profile"
+    assert problem("", "") == ""

@@ -1,6 +1,7 @@
 """What the service manager keeps of the link (supervisor.link_store), with a socket in its place."""
 
 import array
+import dataclasses
 import os
 import socket
 
@@ -8,6 +9,7 @@ import msgspec
 import pytest
 from run_fakes import NETWORK
 
+from ipc.messages import DataPlaneKind
 from supervisor import sealed
 from supervisor.dataplane import KeptLink
 from supervisor.link_store import DNS, INNER, NAMES, NAMESPACE, OUTER, PLAN, LinkStore
@@ -178,6 +180,33 @@ def test_half_a_link_is_thrown_away(notifier, manager, link, lacking, caplog):
     assert not manager.kept
 
 
+@pytest.mark.parametrize("wish", [None, DataPlaneKind.REWRITING])
+def test_link_without_an_inner_namespace_comes_back(notifier, manager, link, wish):
+    smaller = dataclasses.replace(link, inner=None, namespace=None)
+    LinkStore(notifier).keep(smaller)
+    manager.hear()
+    assert {name for name, _ in manager.kept} == {OUTER, DNS, PLAN}
+    found = LinkStore(notifier, manager.give_back()).take(NETWORK, wish)
+    assert found is not None
+    assert found.kind is DataPlaneKind.REWRITING
+    assert len(found.descriptors) == len(smaller.descriptors) == 5
+    found.close()
+
+
+@pytest.mark.parametrize("wish", list(DataPlaneKind))
+def test_link_of_the_other_kind_is_thrown_away(notifier, manager, link, wish, caplog):
+    is_wanted = wish is DataPlaneKind.NAMESPACE
+    stored = dataclasses.replace(link, inner=None, namespace=None) if is_wanted else link
+    LinkStore(notifier).keep(stored)
+    manager.hear()
+    given = manager.give_back()
+    assert LinkStore(notifier, given).take(NETWORK, wish) is None
+    assert f"treated otherwise ({stored.kind})" in caplog.text
+    assert not any(is_open(descriptor) for found in given.values() for descriptor in found)
+    manager.hear()
+    assert not manager.kept
+
+
 def test_plan_that_cannot_be_read_is_no_plan(notifier, manager, link, caplog):
     for data in (b"", b"nonsense", bytes(100_000)):
         LinkStore(notifier).keep(link)
@@ -214,7 +243,7 @@ def test_dns_sockets_are_not_counted_here(notifier, manager, link):
     LinkStore(notifier).keep(link)
     manager.hear()
     manager.close(DNS)
-    found = LinkStore(notifier, manager.give_back() | {DNS: []}).take(NETWORK)
+    found = LinkStore(notifier, manager.give_back()).take(NETWORK)
     assert found is not None
     assert found.dns == ()
     found.close()

@@ -13,8 +13,9 @@ from own_network import add_link, in_own_network, ip
 from run_fakes import NETWORK
 
 from supervisor import network, network_watch
-from supervisor.dataplane import LinkLostError, NamespaceDataPlane
+from supervisor.dataplane import LinkLostError
 from supervisor.host_network import HostNetwork, Monitor, read_host
+from supervisor.namespace_plane import NamespaceDataPlane
 from supervisor.network_watch import HostChange, NetworkWatch
 from supervisor.osconfig.route_conflicts import conflicts
 

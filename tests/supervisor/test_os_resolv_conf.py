@@ -216,6 +216,19 @@ def test_a_mount_point_is_written_in_place(etc):
     assert tree(etc.etc) == before
 
 
+def test_at_a_mount_point_the_kernel_may_take_a_part_at_a_time(etc, monkeypatch):
+    """As when the disk is nearly full."""
+    etc.path.write_text(BEFORE * 3)
+    before, pwrite = tree(etc.etc), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
+    with mount_point(etc.path):
+        etc.backend.apply(WISH)
+        assert etc.servers[0] == "100.64.0.2"
+        assert "\0" not in etc.path.read_text()
+        etc.backend.undo()
+    assert tree(etc.etc) == before
+
+
 @pytest.mark.parametrize("how", ["replaced", "in place", "link"])
 def test_what_a_dhcp_client_writes_becomes_upstream_and_is_what_comes_back(etc, how):
     etc.path.write_text(BEFORE)

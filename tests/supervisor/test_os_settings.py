@@ -1,10 +1,15 @@
 """The thread that sets up the resolver, and `vnet repair`."""
 
+import logging
+import selectors
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+from run_fakes import NETWORK, make_workers
+from run_fakes import settings as supervisor_settings
 
 from supervisor.cli import repair
 from supervisor.exits import ConflictError, ExitStatus
@@ -17,6 +22,7 @@ from supervisor.osconfig.journal import Journal
 from supervisor.osconfig.os_settings import OsSettings
 from supervisor.osconfig.resolv_conf_backend import ResolvConfBackend
 from supervisor.osconfig.wish import ResolverWish
+from supervisor.supervisor import Supervisor
 
 SERVER = bytes([100, 64, 0, 2])
 
@@ -112,6 +118,33 @@ def test_zones_are_set_up_follow_logins_and_are_undone_at_the_end(make, recorder
     wait_until(lambda: settings.upstream() is None)
     settings.close()
     assert recorder.said[3:] == ["undo"]
+
+
+def test_the_nameservers_are_told_before_programs_are_sent_to_vnet(make, recorder):
+    """Otherwise VNet asks for a moment who asks it in turn."""
+    settings = make(on_upstream=lambda: recorder.said.append(settings.upstream()))
+    settings.want(wish("one.test"))
+    wait_until(lambda: recorder.said == [[("192.0.2.1", 53, "")], ("one.test",)])
+    settings.want(wish("one.test", "two.test"))
+    wait_until(lambda: recorder.said[2:] == [("one.test", "two.test")])
+    settings.want(wish())
+    wait_until(lambda: recorder.said[3:] == ["undo", None])
+
+
+def test_a_zone_makes_the_status_wait_in_the_turn_in_which_it_is_heard(make, recorder):
+    run = Supervisor(supervisor_settings(), logging.NullHandler())
+    run.workers |= make_workers("dns")
+    run._around = SimpleNamespace(network=NETWORK)  # type: ignore[assignment]
+    run._follower = SimpleNamespace(zones=[])  # type: ignore[assignment]
+    run._os_settings = make()
+    recorder.gate.clear()
+    hear = SimpleNamespace(take=lambda *_: run._follower.zones.append("one.test"))
+    run._conversation = hear  # type: ignore[assignment]
+    speaker = SimpleNamespace(is_talking=True, receive=lambda _now: ["a report"])
+    run._talk(speaker, selectors.EVENT_READ)  # type: ignore[arg-type]
+    assert run.os_problems == ["The system's resolver is being set up: wait."]
+    recorder.gate.set()
+    wait_until(lambda: run.os_problems == [])
 
 
 def test_the_supervisor_never_waits_and_only_the_last_wish_counts(make, recorder):

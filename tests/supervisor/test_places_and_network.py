@@ -243,12 +243,16 @@ class FakeListener:
     def fileno(self) -> int:
         return self.number
 
+    def getsockname(self) -> tuple[str, int]:
+        return "100.64.0.1", 40000 + self.number
+
     def close(self) -> None:
         self.is_open = False
 
 
 class FakeDataPlane:
-    def __init__(self) -> None:
+    def __init__(self, kind: m.DataPlaneKind = m.DataPlaneKind.NAMESPACE) -> None:
+        self.kind = kind
         self.opened: list[FakeListener] = []
         self.error: OSError | None = None
 
@@ -274,7 +278,7 @@ def plane():
 
 @pytest.fixture
 def listeners(plane):
-    return Listeners(plane, proxies=2, limit=6)
+    return Listeners(plane, proxies=2, limit=9)
 
 
 def test_listener_is_opened_once_and_outlives_the_proxy(listeners, plane):
@@ -289,6 +293,8 @@ def test_listener_is_opened_once_and_outlives_the_proxy(listeners, plane):
 def test_listener_is_the_owners_only(listeners, plane):
     with pytest.raises(ListenerRefusedError, match="belongs to proxy-1"):
         listeners.open("proxy-0", NETWORK, address_of(1), 80)
+    with pytest.raises(ListenerRefusedError, match="belongs to ssh"):
+        listeners.open("proxy-0", NETWORK, address_of(0), 22)
     listeners.open("proxy-0", NETWORK, address_of(0), 80)
     listeners.close("proxy-1", address_of(0), 80)
     assert plane.opened[0].is_open
@@ -331,16 +337,84 @@ def test_limit_and_the_kernels_refusal_are_told(listeners, plane):
 def test_listeners_go_on_in_another_program(listeners, plane):
     address = address_of(0)
     kept = socket.socket()
-    listeners.adopt({(address, 80): kept.detach()})
+    listeners.adopt({(address, 80): kept.detach()}, {})
     [(found, port, descriptor)] = listeners.of("proxy-0")
     assert (found, port) == (address, 80)
-    assert listeners.keep() == {(address, 80): descriptor}
+    assert listeners.keep() == ({(address, 80): descriptor}, {})
     assert listeners.open("proxy-0", NETWORK, address, 80) == descriptor
     assert not plane.opened
     assert not os.get_inheritable(descriptor)
     listeners.close("proxy-0", address, 80)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def redirected(told):
+    """Listeners where packets are rewritten, three of them for each proxy."""
+    plane = FakeDataPlane(m.DataPlaneKind.REWRITING)
+    return Listeners(plane, proxies=2, limit=9, tell=told.extend)
+
+
+def test_redirect_is_told_before_the_listener_is(redirected, told):
+    address = address_of(0)
+    first = redirected.open("proxy-0", NETWORK, address, 80)
+    assert told == [m.Redirect(address=address, port=80, local_port=40000 + first)]
+    assert redirected.open("proxy-0", NETWORK, address, 80) == first
+    assert len(told) == 1
+    assert redirected.redirects() == told
+
+
+def test_listener_that_is_not_used_keeps_its_port_for_the_connections_it_had(redirected, told):
+    address = address_of(0)
+    first = redirected.open("proxy-0", NETWORK, address, 80)
+    redirected.close("proxy-0", address, 80)
+    # A proxy that is started now is not given it, but tun is told of it.
+    assert list(redirected.of("proxy-0")) == []
+    assert len(told) == len(redirected.redirects()) == 1
+    assert redirected.open("proxy-0", NETWORK, address, 80) == first
+    assert list(redirected.of("proxy-0")) == [(address, 80, first)]
+    assert len(told) == 1
+
+
+def test_unused_listener_makes_room_when_its_proxy_needs_it(redirected, told):
+    address = address_of(0)
+    for port in (1, 2, 3):
+        redirected.open("proxy-0", NETWORK, address, port)
+    redirected.open("proxy-1", NETWORK, address_of(1), 9)
+    redirected.close("proxy-1", address_of(1), 9)
+    with pytest.raises(ListenerRefusedError, match="proxy-0 has 3 listeners already"):
+        redirected.open("proxy-0", NETWORK, address, 4)
+    for port in (2, 1):
+        redirected.close("proxy-0", address, port)
+    told.clear()
+    redirected.open("proxy-0", NETWORK, address, 4)
+    assert [(redirect.port, bool(redirect.local_port)) for redirect in told] == [
+        (2, False),
+        (4, True),
+    ]
+    assert {redirect.port for redirect in redirected.redirects()} == {1, 3, 4, 9}
+    redirected.close_all()
+    assert redirected.redirects() == []
+
+
+def test_used_and_unused_listeners_go_on_in_another_program(redirected, told):
+    used, idle = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+    local_ports = {end.getsockname()[1] for end in (used, idle)}
+    address = address_of(0)
+    redirected.adopt({(address, 1): used.detach()}, {(address, 2): idle.detach()})
+    assert [port for _, port, _ in redirected.of("proxy-0")] == [1]
+    assert {redirect.local_port for redirect in redirected.redirects()} == local_ports
+    kept_used, kept_idle = redirected.keep()
+    assert (list(kept_used), list(kept_idle)) == ([(address, 1)], [(address, 2)])
+    assert redirected.open("proxy-0", NETWORK, address, 2) == kept_idle[address, 2]
+    assert told == []
+    redirected.close_all()
 
 
 # -- nameservers --

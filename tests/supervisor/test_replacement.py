@@ -61,9 +61,9 @@ def test_all_are_replaced_one_after_the_other(directory, marker):
         before = {row.name: row.pid for row in run.wait_until_healthy().workers}
         told = replace(run, "tun") + replace(run, "dns") + replace(run, "proxy-1")
         assert len(told) == 6
-        run.wait_for(lambda found: len(found.workers) == 4)
+        run.wait_for(lambda found: len(found.workers) == 5)
         after = {row.name: row.pid for row in run.status().workers}
-        assert [name for name in before if before[name] == after[name]] == ["proxy-0"]
+        assert [name for name in before if before[name] == after[name]] == ["proxy-0", "ssh"]
 
 
 def test_an_old_process_that_does_not_finish_in_time_is_ended(directory, marker):

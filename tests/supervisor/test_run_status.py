@@ -33,7 +33,7 @@ KEYS = {
     ],
     "network": [
         "interface", "mtu", "ipv4_cidr_ranges", "ipv6_prefix", "dns_addresses", "dns_zones",
-        "os_integration",
+        "os_integration", "data_plane",
     ],
     "clusters": ["name", "profile", "leaf_of", "state", "user", "expires"],
     "connections": ["active", "total", "failed", "bytes_sent", "bytes_received"],
@@ -87,6 +87,7 @@ def test_network_is_shown_as_text():
         "dns_addresses": ["100.64.0.2", "fd60:67ec:4325::2"],
         "dns_zones": ["teleport.demo.test", "demo.test"],
         "os_integration": "none",
+        "data_plane": "namespace",
     }
 
 

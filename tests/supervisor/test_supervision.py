@@ -21,8 +21,9 @@ from supervisor import control_messages as cm
 from supervisor import worker as slots
 from supervisor.supervisor import Supervisor
 from supervisor.worker_states import WorkerState
+from workers import memory_limit
 
-SLOTS = ["tun", "proxy-0", "proxy-1", "dns"]
+SLOTS = ["tun", "proxy-0", "proxy-1", "ssh", "dns"]
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_all_become_ready_and_end_in_reverse_order(directory):
         assert all(worker.restarts == 0 for worker in found.workers)
     ended = re.findall(r"INFO supervisor\[\d+\]: (\S+) ended$", run.log, re.MULTILINE)
     assert ended[0] == "dns"
-    assert set(ended[1:3]) == {"proxy-0", "proxy-1"}
-    assert ended[3] == "tun"
+    assert set(ended[1:4]) == {"proxy-0", "proxy-1", "ssh"}
+    assert ended[4] == "tun"
     assert all(is_gone(pid) for pid in pids(found).values())
 
 
@@ -404,6 +405,8 @@ def test_limits_of_a_worker(directory):
     assert re.search(r"Max core file size +0 +0 ", limits)
     soft, hard = re.search(r"Max open files +(\d+) +(\d+) ", limits).groups()
     assert int(soft) == int(hard) <= 65536
+    soft, hard = re.search(r"Max data size +(\d+) +(\d+) ", limits).groups()
+    assert int(soft) == int(hard) == memory_limit.BASE_BYTES
 
 
 def descriptors_of(pid: int) -> set[str]:

@@ -23,6 +23,7 @@ from mfa_terminal import DEADLINE_SECONDS, ROOT, VNET, WITH_KEY, Terminal, key_e
 from software_key import SoftwareKey
 
 from ipc import prompts as p
+from ipc import slots
 from supervisor.cli import mfa
 from supervisor.cli.control_client import AskError
 from supervisor.exits import ExitStatus
@@ -254,6 +255,41 @@ def test_a_prompt_whose_time_is_up_ends_the_wait(tmp_path):
         await terminal.expect("nobody gave the second factor in time")
 
     play(tmp_path, scene)
+
+
+def test_a_watch_goes_on_with_a_proxy_that_steps_aside_and_finds_its_successor(tmp_path):
+    async def scene(bed):
+        leaving = await bed.proxy("ssh")
+        asked = bed.ask(leaving)
+        terminal = await bed.terminal("--watch")
+        await terminal.expect("code (")
+        leaving.step_aside()
+        successor = await bed.proxy("ssh")
+        other = replace(QUESTION, id="q2", target="app of the successor")
+        later = bed.ask(successor, other)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not successor._clients:
+                await asyncio.sleep(0.01)
+        assert len(leaving._clients) == 1
+        terminal.type("123456\n")
+        assert (await accepted(bed, leaving, asked)).TOTP.Code == "123456"
+        await terminal.expect("app pg can be used now")
+        await terminal.expect("app of the successor in demo.test waits")
+        await terminal.expect("code (")
+        terminal.type("654321\n")
+        assert (await accepted(bed, successor, later, other)).TOTP.Code == "654321"
+        await terminal.expect("app of the successor can be used now")
+        assert terminal.text.count("app pg in demo.test waits") == 1
+
+    play(tmp_path, scene)
+
+
+def test_every_proxy_that_there_may_be_is_found(tmp_path):
+    names = {f"{slot}.sock" for slot in [*slots.of_proxies(64), "ssh-old"]}
+    for name in names:
+        (tmp_path / name).touch()
+    found = mfa._Mfa(tmp_path, watch=False)._sockets()
+    assert {Path(path).name for _, path in found} == names
 
 
 def test_a_watch_outlives_its_proxies(tmp_path):

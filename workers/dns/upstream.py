@@ -71,7 +71,8 @@ class Forwarder:
             family = socket.AF_INET6
             scope = socket.if_nametoindex(server.scope) if server.scope else 0
             address = (*address[:2], 0, scope)
-        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        sock = socket.socket(family, kind)
+        sock.setblocking(False)
         self._open_sockets += 1
         return sock, address
 

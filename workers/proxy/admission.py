@@ -1,11 +1,14 @@
 """Dial before accept: each held SYN gets a verdict, each accepted connection its upstream.
 
-    DialRequest --> DIALLING --verdict--> WAITING --accept--> relay
+    DialRequest --> DIALLING --verdict--> WAITING --accept--> relay, or SSH session
                        |                     |
                        +-- refused           +-- the program never came: closed after a while
 
     DIALLING: what the name stands for --> certificate, perhaps with a second factor --> listener
-              --> proxy
+              --> proxy, for SSH through it to the host
+
+A certificate for SSH is for one user of the host, so it is got later, when the program has said who
+that is and proved that it may ask (`workers.proxy.ssh`).
 
 The program's end is known by its (address, port) on both sides, so a connection that finds no
 upstream here was admitted by a predecessor of this process, or by nobody: it is reset, and the
@@ -21,26 +24,29 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from ipc.addresses import ipv4_twin
 from ipc.connection_id import about
 from ipc.log_limit import UNLIMITED
 from ipc.messages import DialRequest, DialVerdict, Refusal
-from workers.proxy import dial
+from workers.proxy import connection_targets, dial
 from workers.proxy.book import BookError
+from workers.proxy.connections import Ledger, Record
 from workers.proxy.dial_plan import DialPlan
-from workers.proxy.listeners import NoListenerError, ProxyListeners, describe, flow_key
+from workers.proxy.listeners import NoListenerError, Place, ProxyListeners, describe, flow_key
 from workers.proxy.long_waits import LongWaits
 from workers.proxy.naming import Naming
 from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
 from workers.proxy.refusal_log import RefusalLog
-from workers.proxy.relay import Relay, RelayOutcome
+from workers.proxy.relay import Relay, RelayEnd, RelayOutcome
 from workers.proxy.teleport.client import Teleport
 from workers.proxy.teleport.errors import TeleportError
+from workers.proxy.teleport.ssh_credentials import SshCredentials
 from workers.proxy.teleport.targets import (
     AppTarget,
     ClusterTarget,
@@ -67,12 +73,64 @@ RETRY_SECONDS = 0.25
 THIN_SECONDS = 1.0
 # The program's kernel repeats its SYN within this time if the first SYN-ACK was lost.
 ACCEPT_SECONDS = 10.0
+# SSH connections of programs that have not proved who they are, and at most half of all. Whoever may
+# log in does so in well under a second; the one that takes longest makes room for the next.
+MAX_STRANGERS = 1000
 _RESET = struct.pack("ii", 1, 0)
+# What is shown of attempts that count as neither.
+_ABANDONED = (
+    "given up before it was decided: the program or this worker went away, or it took too long"
+)
+_NEVER_CAME = "admitted, but the program never came"
 
 _REFUSALS: dict[type[dial.DialError], Refusal] = {
     dial.DialTimedOutError: Refusal.TIMED_OUT,
     dial.DialRefusedError: Refusal.CERTIFICATE_REFUSED,
+    dial.NodeUnreachableError: Refusal.NODE_UNREACHABLE,
+    dial.NodeDeniedError: Refusal.ACCESS_DENIED,
+    dial.LoginRefusedError: Refusal.NOT_LOGGED_IN,
 }
+_FAILED = (RelayEnd.BROKEN, RelayEnd.APP_RESET)
+
+
+class Connection(Protocol):
+    """A program's connection joined to its upstream: a relay, or an SSH session."""
+
+    @property
+    def bytes_up(self) -> int: ...
+
+    @property
+    def bytes_down(self) -> int: ...
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+# What an SSH session asks for once it knows the user name: the credentials to log in with.
+AskCredentials: TypeAlias = Callable[[str], Awaitable[SshCredentials]]
+
+
+class OpenSsh(Protocol):
+    """Makes an SSH session of an accepted connection, as `Relay` a relay.
+
+    `name` is the host's, `about` is for log lines.
+    """
+
+    def __call__(
+        self,
+        reactor: Reactor,
+        connection: socket.socket,
+        upstream: Upstream,
+        *,
+        name: str,
+        about: Mapping[str, str],
+        credentials: AskCredentials,
+        on_end: Callable[[RelayOutcome], None],
+    ) -> Connection: ...
 
 
 class _CrowdedError(TeleportError):
@@ -90,14 +148,16 @@ class _LoginEndedError(TeleportError):
 class _Dial:
     """One held SYN. `owner` is None as long as no login is used."""
 
-    __slots__ = ("is_over", "name", "owner", "request", "task")
+    __slots__ = ("host", "is_over", "name", "owner", "record", "request", "task")
 
     def __init__(self, request: DialRequest) -> None:
         self.request = request
         self.name = ""
         self.owner: Owner | None = None
+        self.host: ClusterTarget | None = None  # set for SSH
         self.task: asyncio.Task[None] | None = None
         self.is_over = False  # a verdict was given, or nobody wants one
+        self.record: Record  # as soon as it is worked on
 
     @property
     def key(self) -> FlowKey:
@@ -133,7 +193,8 @@ class Admission:
     """All connections of this proxy. At most `max_connections` dial, wait or relay at once.
 
     `max_long_waits` of them may wait long for a certificate. `is_probe(address, port)` tells the
-    supervisor's question whether this proxy works from a connection.
+    supervisor's question whether this proxy works from a connection. Without `open_ssh` there is no
+    SSH here.
     """
 
     def __init__(
@@ -147,8 +208,10 @@ class Admission:
         counters: dict[str, int],
         max_connections: int,
         max_long_waits: int,
+        open_ssh: OpenSsh | None = None,
     ) -> None:
         self.listeners: ProxyListeners
+        self.ledger = Ledger()
         self._loop = asyncio.get_running_loop()
         self._naming = naming
         self._teleport = teleport
@@ -157,6 +220,7 @@ class Admission:
         self._is_probe = is_probe
         self._counters = counters
         self._max_connections = max_connections
+        self._open_ssh = open_ssh
         self._addresses = ProxyAddresses()
         self._web_names = WebNames()
         self._long_waits: LongWaits[_Dial] = LongWaits(max_total=max_long_waits)
@@ -164,7 +228,10 @@ class Admission:
         self._refusal_log = RefusalLog()
         self._dialling: dict[int, _Dial] = {}
         self._waiting: dict[FlowKey, _Waiting] = {}
-        self._relays: dict[Relay, Owner | None] = {}
+        self._relays: dict[Connection, Owner | None] = {}
+        # SSH sessions that have not asked for credentials, the oldest first.
+        self._strangers: dict[Connection, None] = {}
+        self._max_strangers = max(1, min(MAX_STRANGERS, max_connections // 2))
         self._is_leaving = False
         # Set whenever one of the three tables has become smaller.
         self._shrunk = asyncio.Event()
@@ -191,6 +258,7 @@ class Admission:
             self._counters["probes"] += 1
             self._answer(DialVerdict(flow_id=request.flow_id, refusal=Refusal.PROBE))
             return
+        wanted.record = self.ledger.begins(request)
         in_use = len(self._dialling) + len(self._waiting) + len(self._relays)
         if in_use >= self._max_connections:
             why = f"{self._max_connections} connections are open, which is the limit"
@@ -220,7 +288,7 @@ class Admission:
         except TeleportError as error:
             self._refuse(wanted, error.refusal, str(error))
         except dial.DialError as error:
-            refusal = _REFUSALS.get(type(error), Refusal.CLUSTER_UNREACHABLE)
+            refusal = _refusal_of(error)
             self._refuse(wanted, refusal, str(error))
         except (NoListenerError, BookError) as error:
             self._refuse(wanted, Refusal.INTERNAL, str(error))
@@ -234,9 +302,11 @@ class Admission:
         request = wanted.request
         entry = self._naming.entry_of(ipv4_twin(request.destination))
         wanted.name = entry.name
+        self.ledger.leads_to(wanted.record, connection_targets.booked(entry))
         port = request.destination_port
         profile = self._web_names.profile_of(entry.name, port, self._loop.time())
         if profile is not None:
+            self.ledger.leads_to(wanted.record, connection_targets.web(entry.name, profile))
             plan = self._teleport.web_plan(profile)
         else:
             plan = await self._decide(wanted, await self._naming.meaning_of(entry))
@@ -249,6 +319,9 @@ class Admission:
         if not isinstance(found, NotOurs | NoSuchName):
             web_port = self._teleport.web_port(found.profile)
         meaning = meaning_of(found, port, web_port)
+        target = connection_targets.meant(wanted.name, meaning, found, port)
+        if target is not None:
+            self.ledger.leads_to(wanted.record, target)
         match meaning, found:
             case Meaning.DIAL, AppTarget() | DatabaseTarget():
                 return await self._certified(wanted, found)
@@ -258,6 +331,10 @@ class Admission:
                 plan = self._teleport.web_plan(found.profile)
                 self._web_names.remember(wanted.name, port, found.profile, self._loop.time())
                 return plan
+            case Meaning.SSH, ClusterTarget() if self._open_ssh is not None:
+                wanted.owner = self._teleport.owner(found.profile)
+                wanted.host = found
+                return await self._teleport.ssh_plan(found)
             case _:
                 raise error_of(meaning, web_port)
 
@@ -307,8 +384,9 @@ class Admission:
         log.debug("connection to %s admitted", wanted.where, extra=wanted.about)
         self._answer(DialVerdict(flow_id=wanted.request.flow_id))
 
-    def _give_up(self, key: FlowKey) -> None:
+    def _give_up(self, key: FlowKey, why: str = _NEVER_CAME) -> None:
         if (waiting := self._waiting.pop(key, None)) is not None:
+            self.ledger.cancelled(waiting.dial.record, why)
             waiting.expiry.cancel()
             waiting.upstream.close()
             self._shrunk.set()
@@ -318,6 +396,7 @@ class Admission:
             return
         wanted.is_over = True
         self._counters["connections_failed"] += 1
+        self.ledger.refused(wanted.record, refusal, why)
         line = f"connection to {wanted.where} refused ({refusal}): {why}"
         if self._refusal_log.note(line, self._loop.time()):
             log.info("%s", line, extra={**UNLIMITED, **wanted.about})
@@ -327,6 +406,7 @@ class Admission:
 
     def _stop(self, wanted: _Dial) -> None:
         wanted.is_over = True
+        self.ledger.cancelled(wanted.record, _ABANDONED)
         self._long_waits.leave(wanted.name, wanted)
         if wanted.task is not None:
             wanted.task.cancel()
@@ -343,7 +423,7 @@ class Admission:
             self._stop(wanted)
         keys = [key for key, waiting in self._waiting.items() if waiting.dial.owner == owner]
         for key in keys:
-            self._give_up(key)
+            self._give_up(key, str(error))
         relays = [relay for relay, used in self._relays.items() if used == owner]
         for relay in relays:
             relay.abort()
@@ -352,12 +432,16 @@ class Admission:
 
     # -- from the accept on --
 
-    def accepted(self, connection: socket.socket) -> None:
-        """Joins an accepted connection to the upstream that was dialled for it."""
+    def accepted(self, connection: socket.socket, place: Place) -> None:
+        """Joins an accepted connection to the upstream that was dialled for it.
+
+        `place` is the virtual address and port of the listener that took it.
+        """
         try:
-            waiting = self._waiting.pop(flow_key(connection), None)
+            key = flow_key(connection, place)
         except OSError:
-            waiting = None  # gone already; its upstream is closed in time
+            key = None  # gone already; its upstream is closed in time
+        waiting = None if key is None else self._waiting.pop(key, None)
         if waiting is None:
             self._counters["connections_orphaned"] += 1
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -366,23 +450,63 @@ class Admission:
         waiting.expiry.cancel()
         self._shrunk.set()
         self._counters["connections_total"] += 1
-        relay = Relay(
-            self._reactor,
-            connection,
-            waiting.upstream,
-            lambda outcome: self._ended(relay, waiting.dial, outcome),
-        )
+        relay = self._join(connection, waiting)
         self._relays[relay] = waiting.dial.owner
+        self.ledger.accepted(waiting.dial.record, relay)
+        if waiting.dial.host is not None:
+            self._take_in(relay)
         relay.start()
         if relay.is_over:
             self._relays.pop(relay, None)
+            self._strangers.pop(relay, None)
 
-    def _ended(self, relay: Relay, wanted: _Dial, outcome: RelayOutcome) -> None:
+    def _take_in(self, session: Connection) -> None:
+        if len(self._strangers) >= self._max_strangers:
+            log.warning(
+                "%d SSH connections have not logged in, which is the limit: the oldest is cut",
+                self._max_strangers,
+            )
+            next(iter(self._strangers)).abort()
+        self._strangers[session] = None
+
+    def _join(self, connection: socket.socket, waiting: _Waiting) -> Connection:
+        wanted, host = waiting.dial, waiting.dial.host
+
+        def on_end(outcome: RelayOutcome) -> None:
+            self._ended(joined, wanted, outcome)
+
+        joined: Connection
+        if host is None:
+            joined = Relay(self._reactor, connection, waiting.upstream, on_end)
+            return joined
+        assert self._open_ssh is not None
+
+        async def credentials(login: str) -> SshCredentials:
+            self._strangers.pop(joined, None)
+            return await self._teleport.ssh_credentials(host, login)
+
+        joined = self._open_ssh(
+            self._reactor,
+            connection,
+            waiting.upstream,
+            name=wanted.name,
+            about=wanted.about,
+            credentials=credentials,
+            on_end=on_end,
+        )
+        return joined
+
+    def _ended(self, relay: Connection, wanted: _Dial, outcome: RelayOutcome) -> None:
         self._relays.pop(relay, None)
+        self._strangers.pop(relay, None)
         self._shrunk.set()
         self._bytes_of_ended[0] += outcome.bytes_up
         self._bytes_of_ended[1] += outcome.bytes_down
-        log.debug(
+        self.ledger.ended(wanted.record, outcome)
+        # Few SSH clients show why a session failed.
+        is_shown = wanted.host is not None and outcome.end in _FAILED
+        log.log(
+            logging.INFO if is_shown else logging.DEBUG,
             "connection to %s ended (%s, %d bytes sent, %d received) %s",
             wanted.name,
             outcome.end,
@@ -456,6 +580,12 @@ def _crowded(wanted: _Dial) -> _CrowdedError:
         f"others wait for a certificate for {wanted.name} already; if that takes a second factor,"
         " vnet mfa answers"
     )
+
+
+def _refusal_of(error: dial.DialError) -> Refusal:
+    """The refusal of the most special class that has one."""
+    refusals = (_REFUSALS[kind] for kind in type(error).__mro__ if kind in _REFUSALS)
+    return next(refusals, Refusal.CLUSTER_UNREACHABLE)
 
 
 def _told(error: TeleportError) -> tuple[Refusal, str]:

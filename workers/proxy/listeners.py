@@ -1,6 +1,10 @@
 """This proxy's listening sockets on virtual addresses, and what is accepted on them.
 
 The supervisor opens each on request and keeps a copy, so that the backlog outlives this process.
+
+    data plane    getsockname    getpeername    what the program sees
+    namespace     v:vp           c:cp           c:cp -> v:vp
+    rewriting     c:L            v:cp           c:cp -> v:vp, L being the port of this listener alone
 """
 
 import asyncio
@@ -8,6 +12,7 @@ import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TypeAlias
 
 from ipc.addresses import as_text
 from ipc.errors import BusyError
@@ -21,6 +26,10 @@ OPEN_SECONDS = 5.0
 ACCEPT_BATCH = 64
 
 
+# A virtual address (packed) and a port.
+Place: TypeAlias = tuple[bytes, int]
+
+
 class NoListenerError(Exception):
     """The supervisor does not open this listener; the text says why."""
 
@@ -28,13 +37,14 @@ class NoListenerError(Exception):
 class ProxyListeners:
     """At most `limit` listeners; the one used least recently makes room for another.
 
+    `on_accept(connection, place)` gets the virtual address and port that the listener is for.
     `is_needed(address, port)` says whether a connection is still expected there.
     """
 
     def __init__(
         self,
         send: Callable[[Message], None],
-        on_accept: Callable[[socket.socket], None],
+        on_accept: Callable[[socket.socket, Place], None],
         is_needed: Callable[[bytes, int], bool],
         limit: int,
     ) -> None:
@@ -75,6 +85,8 @@ class ProxyListeners:
 
     def _ask(self, address: bytes, port: int) -> None:
         try:
+            # First, because the supervisor opens no more than the limit.
+            self._make_room()
             self._send(OpenListener(address=address, port=port))
         except BusyError as error:
             raise NoListenerError(str(error)) from error
@@ -90,10 +102,11 @@ class ProxyListeners:
         listener.setblocking(False)
         if (before := self._open.pop(key, None)) is not None:
             self._drop(before)
+        future = self._asked.pop(key, None)
         self._make_room()
         self._open[key] = listener
-        self._loop.add_reader(listener.fileno(), self._accept, listener)
-        if (future := self._asked.pop(key, None)) is not None and not future.done():
+        self._loop.add_reader(listener.fileno(), self._accept, listener, key)
+        if future is not None and not future.done():
             future.set_result(None)
 
     def refused(self, message: ListenerRefused) -> None:
@@ -112,7 +125,7 @@ class ProxyListeners:
         self._open.clear()
 
     def _make_room(self) -> None:
-        if len(self._open) < self._limit:
+        if len(self._open) + len(self._asked) < self._limit:
             return
         for key, listener in self._open.items():
             if not self._is_needed(*key):
@@ -125,7 +138,7 @@ class ProxyListeners:
         self._loop.remove_reader(listener.fileno())
         listener.close()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, place: Place) -> None:
         for _ in range(ACCEPT_BATCH):
             try:
                 connection, _ = listener.accept()
@@ -136,19 +149,24 @@ class ProxyListeners:
                 log.warning("a connection could not be accepted: %s", error)
                 return
             connection.setblocking(False)
-            self._on_accept(connection)
+            self._on_accept(connection, place)
 
 
-def flow_key(connection: socket.socket) -> tuple[bytes, int, bytes, int]:
-    """(source, source port, destination, destination port) of an accepted connection, packed."""
-    family = connection.family
-    source, destination = connection.getpeername(), connection.getsockname()
-    return (
-        socket.inet_pton(family, source[0].partition("%")[0]),
-        source[1],
-        socket.inet_pton(family, destination[0].partition("%")[0]),
-        destination[1],
-    )
+def flow_key(connection: socket.socket, place: Place) -> tuple[bytes, int, bytes, int] | None:
+    """(source, source port, destination, destination port) as the program sees its connection, packed.
+
+    `place` is what the listener is for. None for a connection that no program has made to it: somebody
+    has found the port at the interface's own address. Raises OSError when it is gone already.
+    """
+    own = _packed(connection.family, connection.getsockname())
+    address, port = _packed(connection.family, connection.getpeername())
+    if own == place:
+        return address, port, *place
+    return (own[0], port, *place) if address == place[0] else None
+
+
+def _packed(family: int, name: tuple[str, int]) -> Place:
+    return socket.inet_pton(family, name[0].partition("%")[0]), name[1]
 
 
 def describe(address: bytes, port: int) -> str:

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from ipc import prompts as p
+from ipc.peer import peer_uid
 from workers.proxy.teleport import mfa
 from workers.proxy.teleport.errors import (
     MfaUnansweredError,
@@ -37,7 +37,6 @@ MAX_PROMPTS = 100
 MAX_UNREAD_BYTES = MAX_PROMPTS * p.MAX_LINE_BYTES
 # Each costs a request to the cluster; a user needs one for each time the prompt is taken up.
 MAX_RENEWALS = 50
-_UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
 _MAX_TEXT = 500
 
 
@@ -82,6 +81,19 @@ class PromptServer:
         self._server = await asyncio.start_unix_server(
             self._accepted, sock=end, limit=p.MAX_LINE_BYTES
         )
+
+    def step_aside(self) -> None:
+        """Leaves the place of the socket to a successor, and goes on at one beside it."""
+        if self._server is None:
+            return
+        path = self._path.with_name(f"{self._path.stem}{p.LEAVING_ENDING}")
+        try:
+            if self._inode == _inode_of(self._path):
+                self._path.rename(path)
+        except OSError as error:
+            log.error("%s: vnet mfa cannot reach this proxy any more: %s", path, error)
+            return
+        self._path = path
 
     async def close(self) -> None:
         """Ends every conversation and removes the socket; open questions fail."""
@@ -276,9 +288,7 @@ def _inode_of(path: Path) -> tuple[int, int]:
 
 def _peer_uid(writer: asyncio.StreamWriter) -> int | None:
     """Who is at the other end; None when the kernel does not say."""
-    with suppress(OSError, AttributeError, struct.error):
+    with suppress(OSError):
         end = writer.get_extra_info("socket")
-        raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(raw)
-        return int(uid)
+        return peer_uid(end)
     return None

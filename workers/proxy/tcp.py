@@ -147,8 +147,9 @@ def _close_loser(attempt: "asyncio.Task[socket.socket]") -> None:
 
 async def _connect(info: AddressInfo) -> socket.socket:
     family, kind, protocol, _, address = info
-    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+    sock = socket.socket(family, kind, protocol)
     try:
+        sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, address)
     except BaseException:
         sock.close()

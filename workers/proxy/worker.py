@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipc import messages as m
 from ipc.bus import Sender
@@ -13,21 +14,24 @@ from ipc.cluster_report import split
 from ipc.errors import BusyError, PeerGoneError
 from ipc.messages import AnyMessage, ConfigureProxy
 from ipc.probe_ports import probed_proxy
-from workers.proxy.admission import Admission
+from ipc.slots import SSH
+from workers.proxy.admission import Admission, OpenSsh
 from workers.proxy.book import Book, BookError
+from workers.proxy.connection_server import ConnectionServer
+from workers.proxy.desktop import DesktopNotifier
 from workers.proxy.listeners import ProxyListeners
 from workers.proxy.long_waits import MAX_OF_ALL_PROXIES
 from workers.proxy.naming import Naming
-from workers.proxy.notification import DesktopNotifier
 from workers.proxy.prompts import PromptServer
 from workers.proxy.reactor import Reactor
 from workers.proxy.teleport.client import Teleport, default_settings
 from workers.runtime import Runtime
 
+if TYPE_CHECKING:
+    from workers.proxy.ssh.housekeeping import SshHousekeeping
+
 log = logging.getLogger(__name__)
 
-# Each costs two descriptors in this system; the least recently used makes room.
-MAX_LISTENERS = 4096
 # Questions of dns that are worked on at once; dns has its own limit, this one is for its faults.
 MAX_QUESTIONS = 2000
 COUNT_SECONDS = 0.5
@@ -37,6 +41,8 @@ WARM_UP_SECONDS = 2.0
 # A proxy that is replaced may finish its dials for so long; until it has handed over, its successor
 # cannot accept, and what programs begin meanwhile waits.
 HANDOVER_SECONDS = 3.0
+
+_WITHOUT_LOGIN = (m.ClusterState.NO_LOGIN, m.ClusterState.HARDWARE_KEY)
 
 
 class ProxyWorker:
@@ -69,6 +75,7 @@ class ProxyWorker:
             on_change=self._change,
         )
         self._naming = Naming(self._teleport, self._book, config.network)
+        self._ssh_files: SshHousekeeping | None = None
         self._admission = Admission(
             naming=self._naming,
             teleport=self._teleport,
@@ -78,12 +85,19 @@ class ProxyWorker:
             counters=runtime.counters,
             max_connections=config.max_connections,
             max_long_waits=max(1, MAX_OF_ALL_PROXIES // config.common.proxies),
+            open_ssh=self._ssh_opener() if config.common.slot == SSH else None,
         )
         self._teleport.on_owner_gone = self._admission.cut
         self._listeners = ProxyListeners(
-            runtime.send, self._admission.accepted, self._admission.is_expected, MAX_LISTENERS
+            runtime.send,
+            self._admission.accepted,
+            self._admission.is_expected,
+            config.max_listeners,
         )
         self._admission.listeners = self._listeners
+        self._connection_server = ConnectionServer(
+            Path(config.prompts_dir), config.common.slot, self._admission.ledger
+        )
 
     async def run(self) -> None:
         """Until the supervisor says stop, or has another proxy follow and no connection is left."""
@@ -108,6 +122,9 @@ class ProxyWorker:
             await self._warm_up()
         await runtime.taken_over()
         await self._prompts.start()
+        await self._connection_server.start()
+        if self._ssh_files is not None:
+            await self._ssh_files.start()
         self._tun = runtime.join_bus("tun", self._hear_tun, self._greet_tun)
         self._is_reporting = True
         self._report()
@@ -130,11 +147,19 @@ class ProxyWorker:
         Teleport is still watched, because the end of a login cuts them.
         """
         self._is_reporting = False
+        if self._ssh_files is not None:
+            # The successor writes its own as soon as it may.
+            await self._ssh_files.close(remove=False)
         await self._admission.hand_over(min(HANDOVER_SECONDS, self._runtime.drain_seconds))
         self._listeners.close()
         self._tun.close()
         self._dns.close()
         await self._stop_answering()
+        if self._ssh_files is None:
+            await self._stop_asking()
+        else:
+            # A login to a host begins when its connection is here, and may take a second factor.
+            self._prompts.step_aside()
         self._runtime.handed_over()
         log.info("a successor takes new connections; left here: %d", self._admission.connections)
 
@@ -142,16 +167,43 @@ class ProxyWorker:
         for task in list(self._questions):
             task.cancel()
         await asyncio.gather(*self._questions, return_exceptions=True)
+        self._book.close()
+
+    async def _stop_asking(self) -> None:
         await self._prompts.close()
         await self._notifier.close()
-        self._book.close()
 
     async def _close(self) -> None:
         await self._admission.close()
         self._listeners.close()
+        if self._ssh_files is not None:
+            await self._ssh_files.close(remove=True)
         await self._teleport.close()
         await self._stop_answering()
+        await self._stop_asking()
+        await self._connection_server.close()
         self._counting.cancel()
+
+    # -- SSH --
+
+    def _ssh_opener(self) -> OpenSsh:
+        """For the worker of SSH alone: the others must not load what this imports."""
+        from workers.proxy.ssh.housekeeping import SshHousekeeping  # noqa: PLC0415
+        from workers.proxy.ssh.opening import opener  # noqa: PLC0415
+
+        home = Path(self._runtime.config.teleport_home)
+        files = SshHousekeeping(
+            home,
+            self._ssh_clusters,
+            is_successor=self._runtime.config.common.is_standby,
+            on_change=self._report_if_due,
+        )
+        self._ssh_files = files
+        return opener(files.identity)
+
+    def _ssh_clusters(self) -> list[str]:
+        """The clusters with hosts that SSH clients may be configured for."""
+        return [c.name for c in self._teleport.states() if c.state not in _WITHOUT_LOGIN]
 
     # -- supervisor --
 
@@ -174,11 +226,19 @@ class ProxyWorker:
 
     def _change(self) -> None:
         self._clusters_changed.set()
+        if self._ssh_files is not None:
+            self._ssh_files.changed()
+        self._report_if_due()
+
+    def _report_if_due(self) -> None:
         if self._is_reporting:
             self._report()
 
     def _report(self) -> None:
-        for part in split(self._teleport.states(), self._teleport.problem):
+        problem = self._teleport.problem
+        if not problem and self._ssh_files is not None:
+            problem = self._ssh_files.problem
+        for part in split(self._teleport.states(), problem):
             self._runtime.send(part)
 
     def _count(self) -> None:

@@ -259,18 +259,24 @@ class Trust(_complete(trust_grpc.TrustServiceBase)):
     def __init__(self):
         self.active = []
         self.additional = []
+        self.active_ssh = []
+        self.additional_ssh = []
 
     async def GetCertAuthority(self, stream):
         request = await stream.recv_message()
         assert (request.type, request.include_key) == ("host", False)
 
-        def keys(certificates):
-            return types_pb2.CAKeySet(TLS=[types_pb2.TLSKeyPair(Cert=c) for c in certificates])
+        def keys(certificates, lines):
+            return types_pb2.CAKeySet(
+                TLS=[types_pb2.TLSKeyPair(Cert=c) for c in certificates],
+                SSH=[types_pb2.SSHKeyPair(PublicKey=line) for line in lines],
+            )
 
         await stream.send_message(
             types_pb2.CertAuthorityV2(
                 Spec=types_pb2.CertAuthoritySpecV2(
-                    ActiveKeys=keys(self.active), AdditionalTrustedKeys=keys(self.additional)
+                    ActiveKeys=keys(self.active, self.active_ssh),
+                    AdditionalTrustedKeys=keys(self.additional, self.additional_ssh),
                 )
             )
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ipc import messages as m
 from workers.proxy.book import APP, Book, BookError, BookTarget, Entry
-from workers.proxy.dial_plan import DialPlan
+from workers.proxy.dial_plan import DialPlan, SshTarget
 from workers.proxy.teleport.apps import App
 from workers.proxy.teleport.databases import Database
 from workers.proxy.teleport.errors import UnknownAppError
@@ -22,6 +22,9 @@ from workers.proxy.teleport.targets import (
 )
 
 PLAN = DialPlan(host="proxy.example.test", port=443, tls=None)
+SSH_PLAN = DialPlan(
+    host="proxy.example.test", port=443, tls=None, ssh=SshTarget("node:0", "example.test")
+)
 WEB_PLAN = DialPlan(host="proxy.example.test", port=3080, tls=None)
 NETWORK = m.Network(
     interface="vnet0",
@@ -50,6 +53,8 @@ class FakeTeleport:
         self.owners: dict[str, Owner] = {PROFILE: OWNER}
         self.spellings: list[str] = []
         self.planned: list[tuple[Target, int]] = []
+        self.ssh_plan_result: DialPlan | Exception = SSH_PLAN
+        self.logins: list[tuple[Target, str]] = []
 
     async def resolve(self, name: str, spelling: str = "", *, fresh: bool = False) -> Resolution:
         self.spellings.append(spelling)
@@ -67,6 +72,16 @@ class FakeTeleport:
         if isinstance(self.plan_result, asyncio.Event):
             await self.plan_result.wait()
         return PLAN
+
+    async def ssh_plan(self, target: ClusterTarget) -> DialPlan:
+        self.planned.append((target, 22))
+        if isinstance(self.ssh_plan_result, Exception):
+            raise self.ssh_plan_result
+        return self.ssh_plan_result
+
+    async def ssh_credentials(self, target: ClusterTarget, login: str) -> str:
+        self.logins.append((target, login))
+        return f"credentials of {login}"
 
     def web_plan(self, profile: str) -> DialPlan:
         if profile not in self.owners:

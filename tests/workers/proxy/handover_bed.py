@@ -36,7 +36,7 @@ from workers.tun.syn_gate import SynGate
 
 ADDRESS = b"\x7f\0\0\1"
 SYN, RESET = 0x02, 0x04
-SLOTS = ("tun", "dns", "proxy-0")
+SLOTS = ("tun", "dns", "proxy-0", "ssh")
 
 
 async def until(condition, seconds: float = 20.0) -> None:
@@ -53,8 +53,9 @@ class StubTeleport(FakeTeleport):
     made: "list[StubTeleport]"
     asked: "list[m.Cluster]"
 
-    def __init__(self, _home, _settings, *, on_change) -> None:
+    def __init__(self, _home, settings, *, on_change) -> None:
         super().__init__()
+        self.prompter = settings.prompter
         self.on_change = on_change
         self.on_owner_gone = None
         self.problem = ""
@@ -94,7 +95,7 @@ class StubNaming:
 
 
 class Proxy:
-    """One process of the slot proxy-0, seen from the supervisor."""
+    """One process of the bed's slot, seen from the supervisor."""
 
     def __init__(self, bed: "Bed", *, is_standby: bool) -> None:
         self._bed = bed
@@ -107,7 +108,7 @@ class Proxy:
             bed.config(is_standby=is_standby),
             [],
             bed.loop,
-            bus_socket.listen(bed.directory, "proxy-0"),
+            bus_socket.listen(bed.directory, bed.slot),
         )
         self.runtime.start()
         self.task = bed.loop.create_task(self._run())
@@ -183,9 +184,10 @@ class Tun:
 
 
 class Bed:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, slot: str = "proxy-0") -> None:
         self.loop = asyncio.get_running_loop()
         self.directory = directory
+        self.slot = slot
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = self.listener.getsockname()[1]
         self._pairs = {slot: make_key_pair() for slot in SLOTS}
@@ -228,10 +230,10 @@ class Bed:
 
     def config(self, *, is_standby: bool) -> m.ConfigureProxy:
         common = m.Common(
-            slot="proxy-0",
+            slot=self.slot,
             proxies=1,
             bus_dir=str(self.directory),
-            keys=self.keys_of("proxy-0"),
+            keys=self.keys_of(self.slot),
             heartbeat_seconds=0.05,
             log_level="INFO",
             is_standby=is_standby,
@@ -241,12 +243,12 @@ class Bed:
         return m.ConfigureProxy(
             common=common,
             network=msgspec.structs.replace(NETWORK),
-            index=0,
             teleport_home=str(self.directory / "tsh"),
             user_home=str(self.directory),
             book_path=str(self.directory / "book.sqlite"),
             prompts_dir=str(prompts),
             max_connections=1000,
+            max_listeners=100,
             ca_file="",
             insecure=False,
             mfa_seconds=60.0,

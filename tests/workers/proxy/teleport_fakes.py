@@ -164,6 +164,8 @@ class FakeApi:
     offline: set = field(default_factory=set)
     leaves_error: Exception | None = None
     authorities: dict = field(default_factory=dict)
+    # Lines of public keys by cluster; an exception in their place is raised.
+    ssh_authorities: dict = field(default_factory=dict)
     zones: list = field(default_factory=list)
     ipv4_range: str = ""
     public_addr: str = f"{PROXY}:443"
@@ -232,6 +234,13 @@ class FakeApi:
     async def host_authority(self, cluster):
         await self._called("host_authority")
         return self.authorities.get(cluster, (der(AUTHORITY),))
+
+    async def ssh_host_authorities(self, cluster):
+        await self._called("ssh_host_authorities")
+        found = self.ssh_authorities.get(cluster, ())
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def is_mfa_required(self, request):
         await self._called("is_mfa_required")

@@ -15,6 +15,7 @@ from glue_fakes import (
     OWNER,
     PLAN,
     PROFILE,
+    SSH_PLAN,
     WEB_PLAN,
     WEB_PORT,
     FakeTeleport,
@@ -24,17 +25,31 @@ from glue_fakes import (
 )
 
 from ipc.connection_id import connection_id
+from ipc.connection_list import LIVE, ConnectionTold
 from ipc.messages import DialRequest, DialVerdict, Refusal
 from workers.proxy import admission as module
-from workers.proxy import dial
+from workers.proxy import dial, undecided
 from workers.proxy.admission import Admission
 from workers.proxy.book import BookTarget, BookUnavailableError, Entry
 from workers.proxy.dial_plan import DialPlan
 from workers.proxy.listeners import NoListenerError
 from workers.proxy.naming import UnknownAddressError
 from workers.proxy.relay import RelayEnd, RelayOutcome
-from workers.proxy.teleport.errors import PortNotAllowedError, RefusedError, UnreachableError
-from workers.proxy.teleport.targets import NoSuchName, NotOurs, Owner, Resolution, WebApp
+from workers.proxy.teleport.apps import PortRange
+from workers.proxy.teleport.errors import (
+    LoginExpiredError,
+    PortNotAllowedError,
+    RefusedError,
+    UnreachableError,
+)
+from workers.proxy.teleport.targets import (
+    AppTarget,
+    NoSuchName,
+    NotOurs,
+    Owner,
+    Resolution,
+    WebApp,
+)
 
 PROBED = (b"\x64\x40\0\2", 47_001)
 
@@ -66,11 +81,21 @@ class FakeRelay:
     def abort(self) -> None:
         self.end(RelayEnd.ABORTED)
 
-    def end(self, end: RelayEnd = RelayEnd.PROGRAM_CLOSED) -> None:
+    def end(self, end: RelayEnd = RelayEnd.PROGRAM_CLOSED, error: str = "") -> None:
         self.is_over = True
         self.local.close()
         self.upstream.close()
-        self._on_end(RelayOutcome(end, self.bytes_up, self.bytes_down, ""))
+        self._on_end(RelayOutcome(end, self.bytes_up, self.bytes_down, error))
+
+
+class FakeSession(FakeRelay):
+    """An SSH session."""
+
+    made: "list[FakeSession]"
+
+    def __init__(self, reactor, local, upstream, *, name, about, credentials, on_end) -> None:
+        super().__init__(reactor, local, upstream, on_end)
+        self.name, self.about, self.credentials = name, about, credentials
 
 
 class FakeListeners:
@@ -102,7 +127,9 @@ class FakeNaming:
 
 
 class Bed:
-    def __init__(self, max_connections: int = 10, max_long_waits: int = 100) -> None:
+    def __init__(
+        self, max_connections: int = 10, max_long_waits: int = 100, *, has_ssh: bool = False
+    ) -> None:
         self.verdicts: list[DialVerdict] = []
         self.naming, self.teleport, self.listeners = FakeNaming(), FakeTeleport(), FakeListeners()
         self.counters: dict[str, int] = {}
@@ -120,6 +147,7 @@ class Bed:
             counters=self.counters,
             max_connections=max_connections,
             max_long_waits=max_long_waits,
+            open_ssh=FakeSession if has_ssh else None,
         )
         self.admission.listeners = self.listeners
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -135,6 +163,10 @@ class Bed:
         upstream = FakeUpstream()
         self.dialled.append(upstream)
         return upstream
+
+    @property
+    def place(self) -> tuple[bytes, int]:
+        return b"\x7f\0\0\1", self.listener.getsockname()[1]
 
     def program(self) -> socket.socket:
         """A program's socket, bound but not connected."""
@@ -158,7 +190,7 @@ class Bed:
         program.connect(self.listener.getsockname())
         connection, _ = self.listener.accept()
         connection.setblocking(False)
-        self.admission.accepted(connection)
+        self.admission.accepted(connection, self.place)
 
     async def verdict(
         self, program: socket.socket, flow_id: int = 1, port: int | None = None
@@ -176,6 +208,11 @@ class Bed:
         self.admission.count()
         return self.counters[name]
 
+    def told(self) -> list[ConnectionTold]:
+        """What `vnet connections` is told."""
+        lines = self.admission.ledger.lines()
+        return [line for line in lines if isinstance(line, ConnectionTold)]
+
 
 async def until(condition) -> None:
     async with asyncio.timeout(10):
@@ -187,6 +224,7 @@ async def until(condition) -> None:
 def run(monkeypatch):
     """Runs a scenario in a bed; nothing may be left open by it."""
     FakeRelay.made = []
+    FakeSession.made = []
     monkeypatch.setattr(FakeRelay, "ends_at_once", False)
     monkeypatch.setattr(module, "Relay", FakeRelay)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
@@ -204,6 +242,8 @@ def run(monkeypatch):
                 assert all(upstream.is_closed for upstream in bed.dialled)
                 for name in ("connections_now", "dialling_now", "waiting_now"):
                     assert bed.count(name) == 0
+                for told in bed.told():
+                    assert told.state not in LIVE, "the list of connections keeps what is over"
 
         before = open_descriptors()
         asyncio.run(main())
@@ -257,6 +297,10 @@ def test_relay_that_ends_at_its_start_is_not_kept(run, monkeypatch):
         ("dial", dial.ProxyUntrustedError("x"), Refusal.CLUSTER_UNREACHABLE),
         ("dial", dial.DialTimedOutError("x"), Refusal.TIMED_OUT),
         ("dial", dial.DialRefusedError("x"), Refusal.CERTIFICATE_REFUSED),
+        ("dial", dial.NodeUnreachableError("x"), Refusal.NODE_UNREACHABLE),
+        ("dial", dial.SshUnsupportedError("x"), Refusal.NODE_UNREACHABLE),
+        ("dial", dial.NodeDeniedError("x"), Refusal.ACCESS_DENIED),
+        ("dial", dial.LoginRefusedError("x"), Refusal.NOT_LOGGED_IN),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
@@ -347,7 +391,7 @@ def test_connection_that_is_gone_when_it_is_accepted_does_no_harm(run):
         program.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         program.close()
         connection, _ = bed.listener.accept()
-        bed.admission.accepted(connection)
+        bed.admission.accepted(connection, bed.place)
         assert bed.count("connections_now") + bed.count("connections_orphaned") == 1
 
     run(scenario)
@@ -441,7 +485,7 @@ def test_app_and_database_are_dialled_with_the_plan_for_their_port(run, target):
 @pytest.mark.parametrize(
     ("found", "port", "refusal", "sentence"),
     [
-        (cluster_target(), 22, Refusal.PORT_NOT_ALLOWED, "SSH"),
+        (cluster_target(), 22, Refusal.INTERNAL, "SSH is the work of another worker"),
         (cluster_target(), 5432, Refusal.UNKNOWN_APP, "no app and no database has this name"),
         (WebApp(PROFILE, "x"), 5432, Refusal.PORT_NOT_ALLOWED, f"port {WEB_PORT} alone"),
         (WebApp("gone", "x"), WEB_PORT, Refusal.PORT_NOT_ALLOWED, "no port"),
@@ -459,6 +503,153 @@ def test_other_names_are_refused_with_the_reason(run, caplog, found, port, refus
 
     with caplog.at_level(logging.INFO):
         run(scenario)
+
+
+# -- SSH --
+
+
+@pytest.fixture
+def run_ssh(run, monkeypatch):
+    """Runs a scenario in a bed of the worker of SSH, whose listener has the port of SSH."""
+
+    def run_scenario(scenario) -> None:
+        async def at_its_port(bed: Bed, program: socket.socket) -> None:
+            monkeypatch.setattr(undecided, "SSH_PORT", bed.listener.getsockname()[1])
+            await scenario(bed, program)
+
+        run(at_its_port, has_ssh=True)
+
+    return run_scenario
+
+
+def test_ssh_reaches_the_host_before_the_accept_and_logs_in_later(run_ssh):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = cluster_target()
+        assert await bed.verdict(program) is None
+        assert bed.teleport.planned == [(cluster_target(), 22)]
+        assert bed.plans == [SSH_PLAN]
+        bed.connect(program)
+        [session] = FakeSession.made
+        assert FakeRelay.made == []
+        assert session.upstream is bed.dialled[0]
+        assert session.name == "pg.example.test"
+        assert session.about == {"connection": connection_id(1)}
+        assert bed.teleport.logins == []
+        assert await session.credentials("root") == "credentials of root"
+        assert bed.teleport.logins == [(cluster_target(), "root")]
+        assert bed.count("connections_now") == 1
+        session.end()
+        assert bed.count("connections_now") == 0
+        assert (bed.count("bytes_sent"), bed.count("bytes_received")) == (5, 7)
+
+    run_ssh(scenario)
+
+
+def test_an_app_at_port_22_is_relayed_by_the_ssh_worker_as_well(run_ssh):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        assert await bed.verdict(program) is None
+        bed.connect(program)
+        assert len(FakeRelay.made) == 1
+        assert FakeSession.made == []
+        FakeRelay.made[0].end()
+
+    run_ssh(scenario)
+
+
+def test_a_host_that_is_not_reached_is_dialled_once_and_refused_with_the_reason(run_ssh, caplog):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = cluster_target()
+        bed.dial_results = [dial.NodeUnreachableError("SSH host node: it is offline")]
+        assert await bed.verdict(program) is Refusal.NODE_UNREACHABLE
+        assert "refused (node_unreachable): SSH host node: it is offline" in caplog.text
+        assert len(bed.plans) == 1
+
+    with caplog.at_level(logging.INFO):
+        run_ssh(scenario)
+
+
+def test_ssh_without_a_login_is_refused(run_ssh):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = cluster_target()
+        bed.teleport.ssh_plan_result = LoginExpiredError("x")
+        assert await bed.verdict(program) is Refusal.NOT_LOGGED_IN
+        assert bed.plans == []
+
+    run_ssh(scenario)
+
+
+def test_ssh_sessions_are_cut_finished_and_closed_like_relays(run_ssh):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = cluster_target()
+        await bed.verdict(program)
+        bed.connect(program)
+        bed.admission.cut(OWNER)
+        assert FakeSession.made[0].is_over
+        with bed.program() as second:
+            await bed.verdict(second, flow_id=2)
+            bed.connect(second)
+            await bed.admission.hand_over(1.0)
+            assert not FakeSession.made[1].is_over
+            finishing = asyncio.create_task(bed.admission.finished())
+            await asyncio.sleep(0)
+            assert not finishing.done()
+            FakeSession.made[1].end()
+            await finishing
+
+    run_ssh(scenario)
+
+
+def test_the_oldest_ssh_session_without_a_login_makes_room(run_ssh, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MAX_STRANGERS", 2)
+
+    async def scenario(bed: Bed, _: socket.socket) -> None:
+        bed.naming.found = cluster_target()
+
+        async def come(flow_id: int) -> FakeSession:
+            with bed.program() as program:
+                assert await bed.verdict(program, flow_id) is None
+                bed.connect(program)
+            return FakeSession.made[-1]
+
+        known = await come(1)
+        await known.credentials("root")
+        first, second = await come(2), await come(3)
+        third = await come(4)
+        assert [one.is_over for one in (known, first, second, third)] == [False, True, False, False]
+        assert "2 SSH connections have not logged in" in caplog.text
+        second.end()
+        await come(5)
+        assert not third.is_over
+
+    run_ssh(scenario)
+
+
+def test_ssh_sessions_without_a_login_take_half_of_the_room(run, monkeypatch):
+    async def scenario(bed: Bed, _: socket.socket) -> None:
+        monkeypatch.setattr(undecided, "SSH_PORT", bed.listener.getsockname()[1])
+        bed.naming.found = cluster_target()
+        for flow_id in range(1, 10):
+            with bed.program() as program:
+                assert await bed.verdict(program, flow_id) is None
+                bed.connect(program)
+        assert bed.count("connections_now") == 3
+        assert [session.is_over for session in FakeSession.made] == [True] * 6 + [False] * 3
+
+    run(scenario, has_ssh=True, max_connections=6)
+
+
+def test_why_an_ssh_session_failed_is_in_the_log(run_ssh, caplog):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = cluster_target()
+        await bed.verdict(program)
+        bed.connect(program)
+        [session] = FakeSession.made
+        session.end(RelayEnd.BROKEN, "access denied to root connecting to node")
+        assert "access denied to root connecting to node" in caplog.text
+        assert getattr(caplog.records[-1], "connection", "") == connection_id(1)
+
+    with caplog.at_level(logging.INFO):
+        run_ssh(scenario)
 
 
 @pytest.mark.parametrize(("found", "asked"), [(cluster_target(), 1), (WebApp(PROFILE, "x"), 3)])
@@ -722,5 +913,127 @@ def test_end_of_a_login_still_cuts_after_the_handover(run):
         bed.admission.cut(OWNER)
         await finished
         assert FakeRelay.made[0].is_over
+
+    run(scenario)
+
+
+# -- what `vnet connections` is told --
+
+
+def app_with_ports(first: int, last: int) -> AppTarget:
+    target = app_target()
+    app = dataclasses.replace(target.app, ports=(PortRange(first, last),))
+    return dataclasses.replace(target, app=app)
+
+
+@pytest.mark.parametrize(
+    ("found", "port", "counted"),
+    [
+        (app_target(), None, ("app", PROFILE, "", "pg.example.test", None)),
+        (app_with_ports(22, 30), 22, ("app", PROFILE, "", "pg.example.test", 22)),
+        # Ports that an app does not have are counted together.
+        (app_with_ports(1, 5), 22, ("app", PROFILE, "", "pg.example.test", None)),
+        (database_target(), None, ("database", PROFILE, "", "pg.example.test", None)),
+        (cluster_target(), 22, ("ssh", PROFILE, "", "pg.example.test", None)),
+        (cluster_target(), WEB_PORT, ("web", PROFILE, "", "pg.example.test", None)),
+        (WebApp(PROFILE, "web"), WEB_PORT, ("web", PROFILE, "", "pg.example.test", None)),
+    ],
+)
+def test_connection_is_counted_by_what_it_leads_to(run, found, port, counted):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = found
+        assert await bed.verdict(program, port=port) is None
+        [target] = [line for line in bed.admission.ledger.lines() if hasattr(line, "dialling")]
+        assert (target.kind, target.profile, target.leaf, target.name, target.port) == counted
+        [told] = bed.told()
+        assert (told.state, told.id) == ("dialling", connection_id(1))
+
+    run(scenario, has_ssh=True)
+
+
+def test_list_follows_a_connection(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        bed.connect(program)
+        [told] = bed.told()
+        assert (told.state, told.bytes_sent, told.bytes_received) == ("active", 5, 7)
+        FakeRelay.made[0].end(RelayEnd.APP_RESET, "gone")
+        [told] = bed.told()
+        assert (told.state, told.end, told.error) == ("done", "app_reset", "gone")
+
+    run(scenario)
+
+
+def test_list_follows_a_relay_that_ends_at_its_start(run, monkeypatch):
+    monkeypatch.setattr(FakeRelay, "ends_at_once", True)
+
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        bed.connect(program)
+        assert [(told.state, told.end) for told in bed.told()] == [("done", "broken")]
+
+    run(scenario)
+
+
+def test_list_has_what_was_refused_and_why(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.teleport.plan_result = RefusedError("the role says no")
+        await bed.verdict(program)
+        bed.naming.error = UnknownAddressError("no name has it")
+        await bed.verdict(program, 2)
+        seen = [(told.name, told.refusal, told.error) for told in bed.told()]
+        assert seen == [
+            ("pg.example.test", "certificate_refused", "the role says no"),
+            ("", "unknown_address", "no name has it"),
+        ]
+
+    run(scenario)
+
+
+def test_list_has_what_was_too_much(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        with bed.program() as other:
+            assert await bed.verdict(other, 2) is Refusal.TOO_MANY
+        assert [told.refusal for told in bed.told()] == [None, "too_many"]
+
+    run(scenario, max_connections=1)
+
+
+def test_list_has_what_nobody_waited_for(run, monkeypatch):
+    monkeypatch.setattr(module, "ACCEPT_SECONDS", 0.01)
+
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        await until(lambda: not bed.count("waiting_now"))
+        bed.dial_results = [asyncio.Event()]
+        bed.admission.request(bed.request(program, 2))
+        bed.admission.abandon(2)
+        told = bed.told()
+        assert [line.state for line in told] == ["cancelled", "cancelled"]
+        assert "never came" in told[0].error
+        assert "given up" in told[1].error
+        await until(lambda: not bed.count("dialling_now"))
+
+    run(scenario)
+
+
+def test_list_says_that_a_login_has_ended(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        await bed.verdict(program)
+        bed.admission.cut(OWNER)
+        [told] = bed.told()
+        assert told.state == "cancelled"
+        assert "login of alice" in told.error
+
+    run(scenario)
+
+
+def test_probes_are_not_in_the_list(run):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        request = bed.request(program)
+        probe = msgspec.structs.replace(request, destination=PROBED[0], destination_port=PROBED[1])
+        bed.admission.request(probe)
+        assert bed.told() == []
 
     run(scenario)

@@ -259,7 +259,7 @@ def test_bytes_behind_the_answer_are_not_lost(is_tls):
 
     async def talk(reactor):
         upstream = await dial(plan, 20.0, reactor, known=AllNamesAreLocal())
-        await until(lambda: upstream.early_bytes == 5)
+        await until(lambda: upstream._early == b"hello")
         upstream.close()
 
     with ForwardProxyPeer(is_tls=is_tls) as proxy:

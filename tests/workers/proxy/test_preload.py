@@ -47,3 +47,12 @@ def test_nothing_is_imported_late(tmp_path, session_bus):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+def test_the_worker_of_ssh_starts_without_what_paramiko_has_for_others():
+    program = (
+        "import sys, workers.runtime, workers.proxy.ssh.opening, paramiko.config\n"
+        "print(paramiko.config.invoke, sys.modules['invoke'])"
+    )
+    output = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True)
+    assert output.split() == ["None", "None"]

@@ -46,8 +46,8 @@ class Client:
         self.writer = writer
 
     @classmethod
-    async def connect(cls, directory):
-        return cls(*await asyncio.open_unix_connection(directory / "proxy-0.sock", limit=1 << 20))
+    async def connect(cls, directory, name):
+        return cls(*await asyncio.open_unix_connection(directory / name, limit=1 << 20))
 
     async def hear(self):
         return p.decode_from_proxy(await self.reader.readuntil(b"\n"))
@@ -82,8 +82,8 @@ class Bed:
             with contextlib.suppress(OSError):
                 await client.writer.wait_closed()
 
-    async def connect(self, *, waits=True):
-        client = await Client.connect(self.directory)
+    async def connect(self, *, waits=True, name="proxy-0.sock"):
+        client = await Client.connect(self.directory, name)
         self.clients.append(client)
         if waits:
             assert isinstance(await client.hear(), p.Waiting)
@@ -477,5 +477,42 @@ def test_end_leaves_the_socket_of_a_successor(play):
         await successor.close()
         assert await client.is_sent_away()
         assert not (bed.directory / "proxy-0.sock").exists()
+
+    play(scene)
+
+
+def test_who_steps_aside_still_asks_beside_its_successor(play):
+    async def scene(bed):
+        early = await bed.connect()
+        asked = bed.ask()
+        assert isinstance(await early.hear(), p.PromptOpened)
+        bed.server.step_aside()
+        successor = PromptServer(bed.directory, "proxy-0")
+        await successor.start()
+        await bed.connect()  # at the successor, with nothing to answer
+        client = await bed.connect(waits=False, name="proxy-0-old.sock")
+        opened = await client.hear()
+        assert (opened.id, await client.hear()) == ("q1", p.Waiting())
+        client.say(p.Answer(id="q1", code="123456"))
+        assert (await asked).TOTP.Code == "123456"
+        assert isinstance(await early.hear(), p.PromptAnswered)
+        again = bed.ask(replace(QUESTION, id="q2"))
+        await until(lambda: "q2" in bed.server._prompts)
+        await bed.server.close()
+        await asyncio.wait([again])
+        assert again.cancelled()
+        assert [path.name for path in bed.directory.iterdir()] == ["proxy-0.sock"]
+        await successor.close()
+
+    play(scene)
+
+
+def test_who_was_replaced_already_cannot_step_aside_in_the_place_of_the_other(play):
+    async def scene(bed):
+        successor = PromptServer(bed.directory, "proxy-0")
+        await successor.start()
+        bed.server.step_aside()
+        assert [path.name for path in bed.directory.iterdir()] == ["proxy-0.sock"]
+        await successor.close()
 
     play(scene)

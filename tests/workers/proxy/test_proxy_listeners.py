@@ -9,7 +9,7 @@ from glue_fakes import Sent
 from ipc.errors import BusyError
 from ipc.messages import CloseListener, ListenerOpened, ListenerRefused, OpenListener
 from workers.proxy import listeners as module
-from workers.proxy.listeners import NoListenerError, ProxyListeners, describe, flow_key
+from workers.proxy.listeners import NoListenerError, Place, ProxyListeners, describe, flow_key
 
 ADDRESS = b"\x7f\0\0\1"
 
@@ -23,10 +23,15 @@ class Bed:
     def __init__(self, limit: int = 2) -> None:
         self.sent = Sent()
         self.accepted: list[socket.socket] = []
+        self.places: set[Place] = set()
         self.needed: set[int] = set()
         self.listeners = ProxyListeners(
-            self.sent, self.accepted.append, lambda _address, port: port in self.needed, limit
+            self.sent, self.accept, lambda _address, port: port in self.needed, limit
         )
+
+    def accept(self, connection: socket.socket, place: Place) -> None:
+        self.accepted.append(connection)
+        self.places.add(place)
 
     def open(self, port: int) -> tuple[str, int]:
         """The supervisor's answer; returns where the listener really is."""
@@ -145,6 +150,24 @@ def test_least_recently_used_makes_room_unless_it_is_needed():
     run(scenario)
 
 
+def test_room_is_made_before_the_supervisor_is_asked_for_another():
+    async def scenario(bed: Bed) -> None:
+        bed.open(1)
+        bed.open(2)
+        waiting = asyncio.create_task(bed.listeners.ensure(ADDRESS, 3))
+        await turns()
+        assert bed.sent.messages == [
+            CloseListener(address=ADDRESS, port=1),
+            OpenListener(address=ADDRESS, port=3),
+        ]
+        bed.open(3)
+        await waiting
+        assert len(bed.listeners) == 2
+        assert len(bed.sent.messages) == 2
+
+    run(scenario)
+
+
 def test_listener_sent_again_replaces_the_one_before():
     async def scenario(bed: Bed) -> None:
         bed.open(80)
@@ -162,7 +185,8 @@ def test_connections_are_accepted_non_blocking_and_name_their_flow():
         while len(bed.accepted) < len(clients):
             await asyncio.sleep(0.001)
         source = clients[0].getsockname()
-        keys = {flow_key(connection) for connection in bed.accepted}
+        assert bed.places == {(ADDRESS, 80)}
+        keys = {flow_key(connection, (ADDRESS, where[1])) for connection in bed.accepted}
         assert (ADDRESS, source[1], ADDRESS, where[1]) in keys
         assert len(keys) == 100
         assert not any(connection.getblocking() for connection in bed.accepted)
@@ -170,6 +194,30 @@ def test_connections_are_accepted_non_blocking_and_name_their_flow():
             client.close()
 
     run(scenario)
+
+
+def connected(client_address: str, server_address: str) -> tuple[socket.socket, socket.socket]:
+    """A connection and its accepted end."""
+    with socket.create_server((server_address, 0)) as server:
+        client = socket.create_connection(
+            server.getsockname(), source_address=(client_address, 0), timeout=5
+        )
+        return client, server.accept()[0]
+
+
+def test_flow_is_known_by_its_listener_where_packets_are_rewritten():
+    # 127.0.0.9 is the virtual address, as rewritten packets have it for their source.
+    client, accepted = connected("127.0.0.9", "127.0.0.1")
+    with client, accepted:
+        place = (b"\x7f\0\0\x09", 443)
+        port = client.getsockname()[1]
+        assert flow_key(accepted, place) == (b"\x7f\0\0\1", port, *place)
+
+
+def test_connection_to_the_listeners_own_port_is_no_flow():
+    client, accepted = connected("127.0.0.1", "127.0.0.1")
+    with client, accepted:
+        assert flow_key(accepted, (b"\x7f\0\0\x09", 443)) is None
 
 
 def test_backlog_outlives_this_process_copy():

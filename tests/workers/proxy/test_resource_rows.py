@@ -1,7 +1,6 @@
 import pytest
 from teleport_fakes import PROXY, app_server, database_server
 
-from workers.proxy import resource_rows
 from workers.proxy.resource_rows import Kind, Place, Rows, make_row
 from workers.proxy.teleport.pb import auth_pb2, types_pb2
 from workers.proxy.teleport.precedence import ClusterNames
@@ -118,22 +117,15 @@ def test_database_of_a_protocol_that_names_no_user_is_not_vnets():
     ("where", "address"),
     [
         (place(), "node1.demo.test"),
-        (place(root="Demo.test"), "node1.Demo.test"),
+        (place(root="Demo.test"), "node1.demo.test"),
         (LEAF, "node1.leaf.test"),
         (place(leaf="leaf"), "node1.leaf.demo.test"),
     ],
 )
-def test_address_of_a_node(monkeypatch, where, address):
-    monkeypatch.setattr(resource_rows, "CARRIES_SSH", True)
+def test_address_of_a_node(where, address):
     row = make_row(node(), where)
     assert (row.address, row.ports, row.protocol) == (address, "22", "ssh")
-    assert row.through_vnet
-
-
-def test_node_is_not_vnets_while_vnet_carries_no_ssh():
-    row = make_row(node(), place())
-    assert not row.through_vnet
-    assert "tsh ssh" in row.note
+    assert (row.through_vnet, row.note) == (True, "")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from auth_bed import Bed, make_authority
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
+from ssh_keys import HOST_AUTHORITY, KINDS, line
 from teleport_fakes import der, pem
 
 from workers.proxy.teleport import auth_client
@@ -186,6 +187,18 @@ def test_host_authorities_are_the_active_and_the_additional_ones(tmp_path):
             cluster.trust.active, cluster.trust.additional = [b"nonsense"], []
             with pytest.raises(UnreachableError, match=r"no host authority of cluster leaf\.test"):
                 await client.host_authority("leaf.test")
+
+    asyncio.run(scenario())
+
+
+def test_ssh_host_authorities_are_the_active_and_the_additional_ones(tmp_path):
+    async def scenario():
+        async with asked(tmp_path) as (cluster, client):
+            assert await client.ssh_host_authorities("leaf.test") == ()
+            old, new = (line(key) for key in (HOST_AUTHORITY, KINDS["rsa"]))
+            cluster.trust.active_ssh = [new + b" comment\n", b"nonsense", b""]
+            cluster.trust.additional_ssh = [old]
+            assert await client.ssh_host_authorities("leaf.test") == (new, old)
 
     asyncio.run(scenario())
 

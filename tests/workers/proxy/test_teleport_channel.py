@@ -106,6 +106,12 @@ def test_foreign_errors_are_translated(error, expected):
     assert "demo.test" in str(translated)
 
 
+@pytest.mark.parametrize("error", [TimeoutError(), GRPCError(Status.DEADLINE_EXCEEDED, "")])
+def test_both_ends_clocks_give_the_same_words(error):
+    translated = translate(error, "demo.test", "proxy.test")
+    assert str(translated) == "demo.test did not answer in time"
+
+
 @pytest.mark.parametrize(
     ("text", "advice", "state"),
     [

@@ -237,6 +237,19 @@ def test_a_cluster_that_goes_down_keeps_its_names(tmp_path):
     asyncio.run(run())
 
 
+def test_a_cluster_that_fails_the_first_time_is_asked_again_at_once(tmp_path):
+    async def run():
+        write_home(tmp_path)
+        api = FakeApi(error=UnreachableError("Temporary failure in name resolution"))
+        async with Bed(tmp_path, api) as bed:
+            await until(lambda: bed.state is ClusterState.UNREACHABLE)
+            bed.api.error = None
+            bed.clock.seconds += 0.6
+            await until(lambda: bed.state is ClusterState.OK)
+
+    asyncio.run(run())
+
+
 def test_an_expired_login_is_reported_and_asks_nothing(tmp_path):
     async def run():
         write_home(tmp_path, user_certificate(NOW + timedelta(minutes=1)))

@@ -57,7 +57,7 @@ def test_web_port_counts_before_ssh_and_may_be_unknown():
 @pytest.mark.parametrize(
     ("meaning", "refusal", "words"),
     [
-        (Meaning.SSH, Refusal.PORT_NOT_ALLOWED, "tsh ssh"),
+        (Meaning.SSH, Refusal.INTERNAL, "another worker"),
         (Meaning.NO_APP, Refusal.UNKNOWN_APP, "no app and no database"),
         (Meaning.WEB_ONLY, Refusal.PORT_NOT_ALLOWED, f"port {WEB_PORT} alone"),
         (Meaning.GONE, Refusal.UNKNOWN_APP, "any more"),

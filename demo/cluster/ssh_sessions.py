@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ _JOIN_SECONDS = 2.0
 # What Debian's sshd accepts.
 _ACCEPTED = ("LANG", "LC_")
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+# What this process was started to ignore, as under nohup or in the background of a shell, a login does not.
+_WITH_ORDINARY_SIGNALS = ("env", "--default-signal=HUP,INT,QUIT") if sys.platform == "linux" else ()
 # Opening a terminal as leader of a session makes it the controlling one.
 _ON_TERMINAL = 'exec <>"$SSH_TTY" >&0 2>&1; exec "$0" "$@"'
 
@@ -159,7 +162,7 @@ class Session:
             arguments = ["/bin/sh", "-c", _ON_TERMINAL, *arguments]
             pipe = subprocess.DEVNULL
         self._process = process = subprocess.Popen(
-            arguments,
+            [*_WITH_ORDINARY_SIGNALS, *arguments],
             stdin=pipe,
             stdout=pipe,
             stderr=pipe,

@@ -108,7 +108,7 @@ def test_sigterm_ends_the_demo_and_leaves_nothing():
     before = outside()
     with start_sleeping_demo() as process:
         below = descendants(process.pid)
-        assert len(below) >= 7  # watcher, init, cluster, supervisor, four workers, command
+        assert len(below) >= 8  # watcher, init, cluster, supervisor, five workers, command
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
     wait_until(lambda: not any(map(is_running, below)), "every process has ended", 2)

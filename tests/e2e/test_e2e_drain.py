@@ -33,7 +33,7 @@ def drain_bed() -> Iterator[Bed]:
 def bed(drain_bed) -> Bed:
     """The same, healthy again and with one process for each worker."""
     drain_bed.wait_for_health("healthy")
-    wait_until(lambda: len(drain_bed.status()["workers"]) == 4, "nothing drains any more")
+    wait_until(lambda: len(drain_bed.status()["workers"]) == 5, "nothing drains any more")
     return drain_bed
 
 
@@ -169,7 +169,7 @@ def test_idle_proxy_is_gone_at_once(bed):
     echo(bed, bed.resolve(ECHO)[0])
     for name in ("proxy-0", "proxy-1"):
         replace(bed, name)
-    wait_until(lambda: len(bed.status()["workers"]) == 4, "the old proxies have ended")
+    wait_until(lambda: len(bed.status()["workers"]) == 5, "the old proxies have ended")
     echo(bed, bed.resolve(ECHO)[0])
 
 
@@ -229,4 +229,4 @@ def test_whole_vnet_is_replaced_under_a_transfer(bed):
         transfer.read(1 << 20)
     assert not set(before.values()) & {bed.worker(name)["pid"] for name in before}
     transfer.finish()
-    wait_until(lambda: len(bed.status()["workers"]) == 4, "the old ones have ended")
+    wait_until(lambda: len(bed.status()["workers"]) == 5, "the old ones have ended")

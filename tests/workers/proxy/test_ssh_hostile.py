@@ -1,5 +1,6 @@
 """Programs and nodes that do not keep to the protocol: a clear end, bounded memory, nothing left."""
 
+import contextlib
 import os
 import random
 import socket
@@ -543,6 +544,45 @@ def test_what_the_far_end_does_not_allow_yet_is_sent_when_it_does(
         if has_gone:
             node.gone()
             assert gateway.ended().end is RelayEnd.PROGRAM_CLOSED
+
+
+class Talkative(Narrow):
+    """A layer that answers whatever comes from the moment it is shut."""
+
+    def decrypt(self, records):
+        return memoryview(b"") if self.is_shut else memoryview(records)
+
+    def take_records(self):
+        return bytes(100_000) if self.is_shut else b""
+
+
+def test_a_far_end_that_wants_answers_of_the_layer_and_reads_none_costs_bounded_memory(
+    cluster, tmp_path
+):
+    layers = []
+
+    def talkative():
+        layers.append(Talkative())
+        return layers[0]
+
+    with (
+        RawNode(cluster) as node,
+        Gateway(tmp_path, node.port, cluster, SshSettings(), talkative) as gateway,
+        RawClient(gateway.port, trusted(gateway)) as client,
+    ):
+        node.stop_reading()
+        client.send(b"\x5e" + U32(5) + string(b"the last that is read"))
+        node.take()
+        layers[0].is_shut = True
+
+        def send_on():
+            with contextlib.suppress(OSError):
+                node.transport.sock.sendall(b"ping")
+            return gateway.outcomes
+
+        until(send_on)
+        assert gateway.ended().end is RelayEnd.BROKEN
+        assert "does not read" in gateway.ended().error
 
 
 @pytest.mark.parametrize("side", ["program", "node"])

@@ -409,6 +409,10 @@ class SshSession:
         except OSError as error:
             self._on_lost(upstream, reason_of(error))
             return
+        settings = self._settings
+        if upstream.pending_bytes > settings.max_pending_bytes + settings.max_unread_bytes:
+            self._on_fault(upstream, "the far end wants answers and does not read them")
+            return
         if data:
             self._take(upstream, self._local, data)
         if (not count or upstream.is_ended) and not upstream.is_closed:

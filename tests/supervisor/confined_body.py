@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
-from run_fakes import NETWORK
+from run_fakes import NETWORK, ROOM_BYTES
 
 from ipc import messages as m
 from ipc.errors import PeerGoneError
@@ -24,6 +24,7 @@ from ipc.permits import Role, role_of
 from supervisor import spawn
 from supervisor.confinement.landlock_rules import Reach
 from supervisor.privileges import Identity
+from workers import memory_limit
 from workers.runtime import Runtime
 
 RESULT_BYTES = 1 << 16
@@ -128,6 +129,7 @@ def run_confined(
 ) -> Ended:
     """Spawns the worker, waits for its end. `meanwhile` is called with its process id often."""
     monkeypatch.setitem(spawn.WORKER_MODULES, role_of(slot), __name__)
+    monkeypatch.setattr(memory_limit, "BASE_BYTES", ROOM_BYTES)
     ATTEMPTS.clear()
     ATTEMPTS.update(attempts)
     RESULT[:] = bytes(RESULT_BYTES)

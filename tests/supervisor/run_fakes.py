@@ -28,6 +28,9 @@ CLUSTER = m.Cluster(
 )
 USER = User(name="alice", uid=4711, gid=4711, home=Path("/home/alice"))
 
+# A worker that is forked from the test run has all its memory from the start.
+ROOM_BYTES = 8 << 30
+
 
 def settings(config: Config | None = None, **changed: object) -> Settings:
     values: dict[str, object] = {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pretend_worker
-from run_fakes import NETWORK, settings
+from run_fakes import NETWORK, ROOM_BYTES, settings
 
 from ipc import messages as m
 from supervisor import control_messages as cm
@@ -24,6 +24,7 @@ from supervisor.osconfig.route_conflicts import HostRoutes
 from supervisor.settings import User
 from supervisor.status import Status, WorkerStatus
 from supervisor.supervisor import Supervisor
+from workers import memory_limit
 
 DEADLINE_SECONDS = 30.0
 CONFIG = """
@@ -141,6 +142,7 @@ class SupervisedRun:
         log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 2)
         handler = logs.set_up("INFO", "text")
+        memory_limit.BASE_BYTES = ROOM_BYTES  # type: ignore[misc]  # see there
         link_making.NamespaceDataPlane = NoDataPlane  # type: ignore[misc,assignment]
         supervisor.Prober = NoProber  # type: ignore[misc,assignment]
         supervisor.NetworkWatch = NoNetworkWatch  # type: ignore[misc,assignment]

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pretend_worker
 import pytest
+from run_fakes import ROOM_BYTES
 from supervised_run import NoDataPlane, SupervisedRun, supervised_run
 
 from ipc import codec
@@ -21,7 +22,6 @@ from supervisor import control_messages as cm
 from supervisor import worker as slots
 from supervisor.supervisor import Supervisor
 from supervisor.worker_states import WorkerState
-from workers import memory_limit
 
 SLOTS = ["tun", "proxy-0", "proxy-1", "ssh", "dns"]
 
@@ -406,7 +406,7 @@ def test_limits_of_a_worker(directory):
     soft, hard = re.search(r"Max open files +(\d+) +(\d+) ", limits).groups()
     assert int(soft) == int(hard) <= 65536
     soft, hard = re.search(r"Max data size +(\d+) +(\d+) ", limits).groups()
-    assert int(soft) == int(hard) == memory_limit.BASE_BYTES
+    assert int(soft) == int(hard) == ROOM_BYTES
 
 
 def descriptors_of(pid: int) -> set[str]:

@@ -135,15 +135,6 @@ def test_without_cap_net_admin_it_says_what_is_missing(empty):
     assert "CAP_NET_ADMIN" in line
 
 
-def test_without_cap_sys_admin_it_says_what_is_missing(empty):
-    status, [line] = start_in_vain(
-        empty, before=("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
-    )
-    assert status == 4
-    assert "CAP_SYS_ADMIN" in line
-    assert interfaces(empty) == {"lo"}
-
-
 def test_without_the_tun_device_it_says_what_is_missing(empty):
     empty.output("mount", "-t", "tmpfs", "none", "/dev/net")
     status, [line] = start_in_vain(empty)

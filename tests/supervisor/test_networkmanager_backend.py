@@ -1,10 +1,15 @@
 """NetworkManager's dnsmasq: the file it reads, and what NetworkManager is told; on a real bus."""
 
+import itertools
+import os
+import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from bus_bed import FakeNetworkManager, PrivateBus
+from fault_steps import dying, kill_self, tree
 
 from supervisor.osconfig.backend import OsConfigError
 from supervisor.osconfig.dbus import SystemBus
@@ -146,6 +151,50 @@ def test_after_a_crash_the_next_start_undoes_it(backend, journal, manager, drop_
         journal._lock = next_start._lock  # closed by the fixture
     assert not drop_in.exists()
     assert manager.calls[-1] == RELOAD
+
+
+def applied_and_undone(bus: PrivateBus, directory: Path, step: int) -> bool:
+    """In a process that is killed right before this step; whether it has come to its end."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            journal = Journal(directory / "state", UNDO_CALLS)
+            backend = NetworkManagerBackend(
+                SystemBus(bus.environment),
+                journal,
+                directory / "dnsmasq.d/vnet.conf",
+                directory / "uplinks",
+            )
+            with dying(step, die=kill_self):
+                backend.apply(WISH)
+                backend.apply(replace(WISH, zones=("new.example.test",)))
+                backend.undo()
+            status = 0
+        finally:
+            os._exit(status)
+    _, ended = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended) in (0, -signal.SIGKILL)
+    return ended == 0
+
+
+@pytest.mark.parametrize("before", ["", "server=/old.example.test/192.0.2.1\n"])
+def test_killed_at_each_step_the_next_start_restores_all(bus, manager, drop_in, tmp_path, before):
+    if before:
+        drop_in.write_text(before)
+        drop_in.chmod(0o640)
+    (tmp_path / "state").mkdir()
+    was = tree(drop_in.parent)
+    for step in itertools.count():
+        is_over = applied_and_undone(bus, tmp_path, step)
+        next_start = Journal(tmp_path / "state", UNDO_CALLS)
+        outcomes = {undone.outcome for undone in next_start.undo()}
+        next_start.close()
+        assert outcomes <= {Outcome.UNDONE}, step
+        assert tree(drop_in.parent) == was, step
+        if is_over:
+            break
+    assert 10 < step < 99
 
 
 def test_an_undo_without_network_manager_leaves_nothing(backend, manager, drop_in, tmp_path):

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
+from weakref import WeakSet
 
 from workers.dns.service import DnsService
 from workers.dns.tally import Tally
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Answers a client may leave unread before its questions are no longer read.
 WRITE_BUFFER_BYTES: Final = 128 * 1024
+# From the accept to the begin of the connection's task; it takes a few turns of the loop.
+ARRIVAL_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +54,15 @@ class TcpServer:
         self._server: asyncio.Server | None = None
         # In the order of their last question: the first has been idle for longest.
         self._connections: dict[_Connection, None] = {}
+        # Accepted, and without a task yet. Weak: the loop drops one that is gone before it began.
+        self._arriving: WeakSet[asyncio.BaseProtocol] = WeakSet()
+        self._arrived = asyncio.Event()
         self._is_draining = False
 
     async def start(self) -> None:
         """Begins to accept."""
-        self._server = await asyncio.start_server(self._serve, sock=self._socket)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._arrive, sock=self._socket)
 
     def stop_accepting(self) -> None:
         """Leaves further connections to whoever else has the socket.
@@ -71,7 +78,12 @@ class TcpServer:
 
     async def finished(self) -> None:
         """Returns when every connection has ended, if no others are accepted."""
-        await asyncio.sleep(0)  # one that has just been accepted has no task yet
+        await asyncio.sleep(0)  # asyncio's own loop makes the protocol one turn after the accept
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ARRIVAL_SECONDS):
+                while self._arriving:
+                    self._arrived.clear()
+                    await self._arrived.wait()
         while self._connections:
             await asyncio.wait([connection.task for connection in self._connections])
 
@@ -84,9 +96,18 @@ class TcpServer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _arrive(self) -> asyncio.StreamReaderProtocol:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, self._serve, loop=loop)
+        self._arriving.add(protocol)
+        return protocol
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        self._arriving.discard(writer.transport.get_protocol())
+        self._arrived.set()
         connection = _Connection(reader, writer, self, task)
         if not self._make_room():
             self._tally.count("overloads")

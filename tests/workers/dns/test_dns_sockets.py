@@ -391,6 +391,29 @@ def test_question_of_which_a_part_has_come_is_answered() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("turns", range(7))
+def test_connection_that_is_just_accepted_is_served_or_left_to_the_successor(turns: int) -> None:
+    async def main() -> None:
+        async with serving() as front:
+            with (
+                front.tcp_server._socket.dup() as successor,
+                socket.create_connection(("127.0.0.1", front.tcp)) as client,
+            ):
+                successor.setblocking(False)
+                client.sendall(frame(make_query(NAME)))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                front.tcp_server.stop_accepting()
+                await front.tcp_server.finished()
+                client.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    assert first_address(client.recv(4096)[2:]) == "100.64.0.7"
+                    return
+                successor.accept()[0].close()
+
+    run(main())
+
+
 def test_no_query_is_lost_while_one_server_follows_the_other() -> None:
     """Two services on copies of the same sockets, as two processes have them."""
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import time
@@ -78,8 +77,11 @@ def network_of(bed: BootedBed) -> dict[str, str]:
     ):
         shown[words] = bed.output("ip", *words.split())
     status = bed.output("resolvectl", "--no-pager", "status")
-    # "Current DNS Server" is the one that has been asked last.
-    shown["resolved"] = re.sub(r"(?m)^ *Current .*$", "", status)
+    # "Current DNS Server" is the one that has been asked last; how far lines are indented follows from it.
+    lines = [line.strip() for line in status.splitlines()]
+    shown["resolved"] = "\n".join(
+        line for line in lines if line and not line.startswith("Current DNS Server")
+    )
     return shown
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from ipc import json_lines
 from ipc.messages import Count, Port, Refusal, SafeText, Slot
 
 # How the name of such a socket ends.
@@ -138,13 +139,13 @@ class Unchanged(_Line, frozen=True, tag=True):
 
 FromProxy: TypeAlias = TargetTold | ConnectionTold | Complete | Unchanged
 
-_from_proxy = msgspec.json.Decoder(FromProxy)
-_look = msgspec.json.Decoder(Look)
+_from_proxy = json_lines.decoder_of(FromProxy)
+_look = json_lines.decoder_of(Look)
 
 
 def encode(message: FromProxy | Look) -> bytes:
     """One line, with its line feed."""
-    return msgspec.json.encode(message) + b"\n"
+    return json_lines.encode(message)
 
 
 def decode_from_proxy(line: bytes) -> FromProxy:
@@ -153,10 +154,7 @@ def decode_from_proxy(line: bytes) -> FromProxy:
     Raises:
         msgspec.MsgspecError: the line is no such message.
     """
-    try:
-        message: FromProxy = _from_proxy.decode(line)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise msgspec.DecodeError(str(error)) from error
+    message: FromProxy = _from_proxy(line)
     return message
 
 
@@ -166,7 +164,5 @@ def decode_look(line: bytes) -> Look:
     Raises:
         msgspec.MsgspecError: the line is no such message.
     """
-    try:
-        return _look.decode(line)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise msgspec.DecodeError(str(error)) from error
+    message: Look = _look(line)
+    return message

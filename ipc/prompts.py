@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from ipc import json_lines
 from ipc.messages import SafeText
 
 # In the run directory.
@@ -179,13 +180,13 @@ class Decline(_Line, frozen=True, tag=True):
 FromProxy: TypeAlias = PromptOpened | PromptAnswered | PromptClosed | Waiting
 FromUser: TypeAlias = RenewChallenge | Answer | Decline
 
-_from_proxy = msgspec.json.Decoder(FromProxy)
-_from_user = msgspec.json.Decoder(FromUser)
+_from_proxy = json_lines.decoder_of(FromProxy)
+_from_user = json_lines.decoder_of(FromUser)
 
 
 def encode(message: FromProxy | FromUser) -> bytes:
     """One line, with its line feed."""
-    return msgspec.json.encode(message) + b"\n"
+    return json_lines.encode(message)
 
 
 def decode_from_proxy(line: bytes) -> FromProxy:
@@ -194,10 +195,7 @@ def decode_from_proxy(line: bytes) -> FromProxy:
     Raises:
         msgspec.MsgspecError: the line is no such message.
     """
-    try:
-        message: FromProxy = _from_proxy.decode(line)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise msgspec.DecodeError(str(error)) from error
+    message: FromProxy = _from_proxy(line)
     return message
 
 
@@ -207,8 +205,5 @@ def decode_from_user(line: bytes) -> FromUser:
     Raises:
         msgspec.MsgspecError: the line is no such message.
     """
-    try:
-        message: FromUser = _from_user.decode(line)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise msgspec.DecodeError(str(error)) from error
+    message: FromUser = _from_user(line)
     return message

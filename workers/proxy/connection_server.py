@@ -7,7 +7,6 @@ the answer is sent away.
 import asyncio
 import itertools
 import logging
-import os
 import secrets
 import socket
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ipc import connection_list as c
-from ipc.peer import peer_uid
+from workers.proxy import user_socket
 from workers.proxy.connections import Ledger
 from workers.proxy.teleport.errors import safe_text
 
@@ -58,7 +57,7 @@ class ConnectionServer:
         path = self._directory / f"{secrets.token_hex(4)}{c.SOCKET_ENDING}"
         try:
             _remove_dead(self._directory)
-            end = _listen(path)
+            end = user_socket.listen(path, MAX_WATCHERS)
         except OSError as error:
             log.error("%s: vnet connections cannot reach this proxy: %s", path, error)
             return
@@ -82,9 +81,9 @@ class ConnectionServer:
         self._server = None
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        uid = _uid_at(writer)
-        if uid not in (0, os.getuid()):
-            log.warning("user %s may not see connections", "unknown" if uid is None else uid)
+        may_look, uid = user_socket.is_users(writer)
+        if not may_look:
+            log.warning("user %s may not see connections", uid)
             writer.close()
         elif len(self._watchers) >= MAX_WATCHERS:
             log.debug("%d programs look at connections already", MAX_WATCHERS)
@@ -131,22 +130,6 @@ class ConnectionServer:
             await writer.drain()
 
 
-def _listen(path: Path) -> socket.socket:
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        end.setblocking(False)
-        mask = os.umask(0o177)
-        try:
-            end.bind(str(path))
-        finally:
-            os.umask(mask)
-        end.listen(MAX_WATCHERS)
-    except BaseException:
-        end.close()
-        raise
-    return end
-
-
 def _remove_dead(directory: Path) -> None:
     """Removes the sockets of processes that were killed. Raises OSError."""
     for path in directory.glob(f"*{c.SOCKET_ENDING}"):
@@ -166,10 +149,3 @@ def _is_dead(path: Path) -> bool:
         except OSError:
             pass
     return False
-
-
-def _uid_at(writer: asyncio.StreamWriter) -> int | None:
-    """Who is at the other end; None when the kernel does not say."""
-    with suppress(OSError):
-        return peer_uid(writer.get_extra_info("socket"))
-    return None

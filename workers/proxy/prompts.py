@@ -6,17 +6,14 @@ is told, is sent away; the others go on.
 
 import asyncio
 import logging
-import os
-import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from ipc import prompts as p
-from ipc.peer import peer_uid
+from workers.proxy import user_socket
 from workers.proxy.teleport import mfa
 from workers.proxy.teleport.errors import (
     MfaUnansweredError,
@@ -73,7 +70,9 @@ class PromptServer:
     async def start(self) -> None:
         """Begins to listen. Without a socket, which the log tells, every question is refused."""
         try:
-            end = _listen(self._path)
+            # In the place of what a dead predecessor left there.
+            self._path.unlink(missing_ok=True)
+            end = user_socket.listen(self._path, MAX_CLIENTS)
         except OSError as error:
             log.error("%s: vnet mfa cannot reach this proxy: %s", self._path, error)
             return
@@ -178,9 +177,9 @@ class PromptServer:
     # -- for `vnet mfa` --
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        uid = _peer_uid(writer)
-        if uid not in (0, os.getuid()):
-            log.warning("user %s may not answer prompts", "unknown" if uid is None else uid)
+        may_answer, uid = user_socket.is_users(writer)
+        if not may_answer:
+            log.warning("user %s may not answer prompts", uid)
             writer.close()
             return
         if len(self._clients) >= MAX_CLIENTS:
@@ -259,24 +258,6 @@ def _opened(prompt: _Prompt, now: float) -> p.PromptOpened:
     )
 
 
-def _listen(path: Path) -> socket.socket:
-    """A listening socket at `path`, in the place of what a dead predecessor left there."""
-    path.unlink(missing_ok=True)
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        end.setblocking(False)
-        mask = os.umask(0o177)
-        try:
-            end.bind(str(path))
-        finally:
-            os.umask(mask)
-        end.listen(MAX_CLIENTS)
-    except BaseException:
-        end.close()
-        raise
-    return end
-
-
 def _inode_of(path: Path) -> tuple[int, int]:
     """Device and number of what is at `path`; zeros when nothing is."""
     try:
@@ -284,11 +265,3 @@ def _inode_of(path: Path) -> tuple[int, int]:
     except OSError:
         return (0, 0)
     return status.st_dev, status.st_ino
-
-
-def _peer_uid(writer: asyncio.StreamWriter) -> int | None:
-    """Who is at the other end; None when the kernel does not say."""
-    with suppress(OSError):
-        end = writer.get_extra_info("socket")
-        return peer_uid(end)
-    return None

@@ -10,7 +10,7 @@ import uvloop
 from teleport_fakes import until
 
 from ipc import prompts as p
-from workers.proxy import prompts
+from workers.proxy import prompts, user_socket
 from workers.proxy.prompts import MAX_CLIENTS, MAX_PROMPTS, PromptServer
 from workers.proxy.teleport.errors import MfaUnansweredError, SignInFailedError, UnreachableError
 from workers.proxy.teleport.mfa import MfaQuestion
@@ -387,7 +387,12 @@ def test_who_does_not_read_is_sent_away(play, monkeypatch):
     ("uid", "is_heard"), [(0, True), (os.getuid(), True), (4711, False), (None, False)]
 )
 def test_only_the_user_and_root_are_heard(play, monkeypatch, uid, is_heard):
-    monkeypatch.setattr(prompts, "_peer_uid", lambda _writer: uid)
+    def peer_uid(_end):
+        if uid is None:
+            raise OSError("the kernel does not say")
+        return uid
+
+    monkeypatch.setattr(user_socket, "peer_uid", peer_uid)
 
     async def scene(bed):
         client = await bed.connect(waits=is_heard)
@@ -397,15 +402,13 @@ def test_only_the_user_and_root_are_heard(play, monkeypatch, uid, is_heard):
     play(scene)
 
 
-def test_who_the_kernel_says_it_is(play):
+def test_who_the_kernel_says_it_is(play, monkeypatch):
+    server_side = []
+    real = user_socket.peer_uid
+    monkeypatch.setattr(user_socket, "peer_uid", lambda end: server_side.append(real(end)) or 0)
+
     async def scene(bed):
-        server_side = []
-        real = prompts._peer_uid
-        try:
-            prompts._peer_uid = lambda writer: server_side.append(real(writer)) or 0
-            await bed.connect()
-        finally:
-            prompts._peer_uid = real
+        await bed.connect()
         assert server_side == [os.getuid()]
 
     play(scene)

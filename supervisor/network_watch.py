@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Final
@@ -93,14 +94,12 @@ class NetworkWatch:
         self._outsiders: Final = outsiders
         self._user: Final = user
         self._is_auto: Final = is_auto
-        self._kernel: Final = HostNetwork()
-        try:
+        with ExitStack() as undo:
+            self._kernel: Final = undo.enter_context(closing(HostNetwork()))
             # In this order: what changes meanwhile is heard of.
-            self._monitor: Final = Monitor()
+            self._monitor: Final = undo.enter_context(closing(Monitor()))
             self._host = self._kernel.read()
-        except OSError:
-            self._kernel.close()
-            raise
+            undo.pop_all()
         self.problems: list[str] = []
         # Monotonic seconds at which each sentence was true last.
         self._seen: dict[str, float] = {}

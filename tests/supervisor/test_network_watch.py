@@ -140,6 +140,22 @@ def test_the_kernel_agrees(name):
     in_own_network(check)
 
 
+def test_what_cannot_be_looked_at_leaves_nothing_open(monkeypatch):
+    def refuse(_network):
+        raise OSError("no room")
+
+    def check() -> None:
+        plane = NamespaceDataPlane(NETWORK)
+        open_before = set(Path("/proc/self/fd").iterdir())
+        monkeypatch.setattr(HostNetwork, "read", refuse)
+        with pytest.raises(OSError, match="no room"):
+            NetworkWatch(plane, network=lambda: NETWORK, outsiders=tuple, user=0, is_auto=True)
+        assert set(Path("/proc/self/fd").iterdir()) == open_before
+        plane.close()
+
+    in_own_network(check)
+
+
 def test_monitor_hears_what_changes_and_survives_to_be_told_too_much():
     def check() -> None:
         monitor = Monitor()

@@ -52,12 +52,16 @@ FIGURES = {
     "clusters": {"fresh name p50, beside a cluster that never answered"},
     "ways": {"one stream up, ping variant", "one stream down, connection upgrade"},
     "dns": {"DNS answers, cached name", "DNS p50, fresh name"},
+    "who": {"who connects p99, 5000 sockets", "refused stranger p50, 5000 sockets"},
+    "http": {"connect and HTTP request p50, checked", "one stream up, no HTTP, checked"},
+    "status": {"vnet status p50, text", "vnet status, supervisor stopped"},
     "list": {"vnet ls of 20000 apps", "fresh name p50, of 20000 apps"},
 }
 
 
 @pytest.mark.root
 @pytest.mark.e2e
+@pytest.mark.alone
 @pytest.mark.timeout(240)
 def test_quick_runs_print_one_line_of_json_each_and_leave_no_interface():
     """Two at a time, each in a network of its own: they wait for much of their time."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.root, pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.root, pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(240)]
 
 CHAOS = Path(__file__).parents[1] / "chaos" / "chaos.py"
 

@@ -44,6 +44,7 @@ class Terminal:
         self.text = ""
         self._master = master
         self._seen = 0
+        self._is_over = False  # nobody has the other end any more
         self._more = asyncio.Event()
         asyncio.get_running_loop().add_reader(master, self._read)
 
@@ -65,9 +66,10 @@ class Terminal:
     def _read(self):
         try:
             piece = os.read(self._master, 4096)
-        except OSError:  # nobody has the other end any more
+        except OSError:
             piece = b""
         if not piece:
+            self._is_over = True
             asyncio.get_running_loop().remove_reader(self._master)
         self.text += piece.decode(errors="replace")
         self._more.set()
@@ -91,7 +93,7 @@ class Terminal:
         """Waits for the end; returns the exit status."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             status = await self.process.wait()
-            while not self.text.endswith("\n"):
+            while not self._is_over:
                 self._more.clear()
                 await self._more.wait()
         return status

@@ -134,13 +134,15 @@ class Session:
                 _send_exit_signal(self._channel, signal.Signals(-status))
             else:
                 self._channel.send_exit_status(status)
-        except OSError as error:
-            with contextlib.suppress(OSError):
+        except (OSError, EOFError) as error:
+            with contextlib.suppress(OSError, EOFError):
                 self._channel.sendall_stderr(f"{error}\n".encode())
                 self._channel.send_exit_status(255)
         finally:
-            self._channel.shutdown_write()
-            self._channel.close()
+            # EOFError: the connection has gone.
+            with contextlib.suppress(OSError, EOFError):
+                self._channel.shutdown_write()
+                self._channel.close()
             if self._feeder is not None:
                 self._feeder.join(_JOIN_SECONDS)
             self._close_terminal()

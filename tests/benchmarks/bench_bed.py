@@ -13,6 +13,7 @@ the backend by the app named in it. It offers `teleport-tcp`, not the ping varia
 
 import contextlib
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -41,13 +42,29 @@ PROXY_HOST = f"teleport.{ZONE}"
 PROXY_ADDRESS, PROXY_PORT = "127.0.1.1", 443
 LOCAL = "127.0.0.1"
 # App name -> port of its backend.
-BACKENDS = {"sink": 9001, "source": 9002, "iperf": 9003, "redis": 9004}
+BACKENDS = {"sink": 9001, "source": 9002, "iperf": 9003, "redis": 9004, "page": 9005}
 # Where a relay in the place of VNet listens: relay -> app -> port.
 RELAYS = {
     "socat": {"sink": 9011, "source": 9012},
     "nginx": {"sink": 9021, "source": 9022},
 }
 FRESH_NAMES = 300
+# Answers every head with the same few bytes.
+WEB_SERVER = """
+import socket, sys, threading
+def serve(end):
+    data = b""
+    while more := end.recv(65536):
+        data += more
+        while b"\\r\\n\\r\\n" in data:
+            data = data.partition(b"\\r\\n\\r\\n")[2]
+            end.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok")
+listener = socket.create_server((sys.argv[1], int(sys.argv[2])), backlog=128)
+while True:
+    end = listener.accept()[0]
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    threading.Thread(target=serve, args=(end,), daemon=True).start()
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +175,7 @@ def _start_backends(started: Programs) -> None:
     started.start("source", ["socat", "-U", block, listen["source"], "OPEN:/dev/zero,rdonly"])
     started.start("iperf", ["iperf3", "-s", "-B", LOCAL, "-p", str(BACKENDS["iperf"])])
     started.start("redis", programs.redis(started.home, LOCAL, BACKENDS["redis"]))
+    started.start("page", [sys.executable, "-c", WEB_SERVER, LOCAL, str(BACKENDS["page"])])
     for port in BACKENDS.values():
         programs.wait_for_port(LOCAL, port)
 

@@ -83,6 +83,10 @@ class Endpoint:
         self._on_clear = on_clear
         self._on_error = on_error
 
+    def read_by(self, on_readable: Callable[[], None]) -> None:
+        """Sets another `on_readable`, for the same owner."""
+        self._on_readable = on_readable
+
     def resume(self) -> None:
         """Calls `on_readable` from now on."""
         if not self._is_reading:

@@ -40,7 +40,7 @@ class RelayEnd(StrEnum):
     PROGRAM_RESET = "program_reset"  # the program is gone
     APP_RESET = "app_reset"  # the far end is gone
     BROKEN = "broken"  # a layer or framing failed, a refused certificate for example
-    CLOSED = "closed"  # `Relay.close`
+    HTTP_REFUSED = "http_refused"  # by `workers.proxy.http_guard`
     ABORTED = "aborted"  # `Relay.abort`
 
 
@@ -54,7 +54,7 @@ class RelayOutcome:
     error: str
 
 
-class _Flow(Enum):
+class Flow(Enum):
     """State of one direction."""
 
     OPEN = auto()
@@ -69,6 +69,7 @@ class Relay:
         "_decoder",
         "_down",
         "_end",
+        "_hears_app",
         "_is_remote_reset",
         "_layer",
         "_local",
@@ -103,17 +104,19 @@ class Relay:
         self._on_end = on_end
         self._max_pending_bytes = max_pending_bytes
         self._decoder = ping.PingDecoder() if upstream.is_ping else None
-        self._up = _Flow.OPEN
-        self._down = _Flow.OPEN
+        self._up = Flow.OPEN
+        self._down = Flow.OPEN
         self._end: RelayEnd | None = None  # set by whoever ended first
         self._is_remote_reset = False  # a write found out; the kernel tells only once
+        # For a relay that looks into what it carries (`workers.proxy.guarded_relay`).
+        self._hears_app: Callable[[bytes | memoryview], None] | None = None
         self.bytes_up = 0
         self.bytes_down = 0
 
     @property
     def is_over(self) -> bool:
         """Whether `on_end` has been called."""
-        return self._up is _Flow.DONE and self._down is _Flow.DONE
+        return self._up is Flow.DONE and self._down is Flow.DONE
 
     def start(self) -> None:
         """Takes the upstream and relays; `on_end` may be called before this returns."""
@@ -129,18 +132,8 @@ class Relay:
             self._deliver(memoryview(early))
         if self._upstream.error:
             self._break(RelayEnd.BROKEN, self._upstream.error)
-        elif self._upstream.is_ended and self._down is _Flow.OPEN:
+        elif self._upstream.is_ended and self._down is Flow.OPEN:
             self._end_down(RelayEnd.APP_CLOSED)
-
-    def close(self) -> None:
-        """Reads no more, delivers what was read, and ends both directions in order.
-
-        A receiver that takes nothing keeps it waiting: call `abort` when patience ends.
-        """
-        if self._up is _Flow.OPEN:
-            self._end_up(RelayEnd.CLOSED)
-        if self._down is _Flow.OPEN:
-            self._end_down(RelayEnd.CLOSED)
 
     def abort(self) -> None:
         """Resets both connections at once."""
@@ -183,7 +176,7 @@ class Relay:
     def _end_up(self, end: RelayEnd) -> None:
         self._local.pause()
         self._end = self._end or end
-        self._up = _Flow.ENDING
+        self._up = Flow.ENDING
         try:
             if ending := self._layer.close_notify():
                 self._remote.send(ending)
@@ -197,13 +190,13 @@ class Relay:
     def _on_remote_clear(self) -> None:
         if self._layer.pending_bytes:
             return
-        if self._up is _Flow.OPEN:
+        if self._up is Flow.OPEN:
             self._local.resume()
         else:
             self._finish_up()
 
     def _finish_up(self) -> None:
-        if self._up is not _Flow.ENDING or self._unsent_bytes:
+        if self._up is not Flow.ENDING or self._unsent_bytes:
             return
         if self._layer.ends_with_fin:
             try:
@@ -211,7 +204,7 @@ class Relay:
             except OSError as error:
                 self._on_remote_error(error)
                 return
-        self._up = _Flow.DONE
+        self._up = Flow.DONE
         self._finish_both()
 
     def _on_remote_error(self, error: OSError) -> None:
@@ -220,7 +213,7 @@ class Relay:
         # reading side goes on and finds the end or the reset.
         self._local.pause()
         self._remote.discard()
-        self._up = _Flow.DONE
+        self._up = Flow.DONE
         self._finish_both()
 
     # Down: app to program.
@@ -248,7 +241,7 @@ class Relay:
             return
         if data:
             self._deliver(data)
-        if self._layer.is_receive_ended and self._down is _Flow.OPEN:
+        if self._layer.is_receive_ended and self._down is Flow.OPEN:
             self._end_down(RelayEnd.APP_CLOSED)
 
     def _on_remote_end(self) -> None:
@@ -281,6 +274,8 @@ class Relay:
             return
         if self._local.pending_bytes > self._max_pending_bytes:
             self._remote.pause()
+        if self._hears_app is not None:
+            self._hears_app(data)
 
     def _end_down(self, end: RelayEnd) -> None:
         self._remote.pause()
@@ -288,31 +283,31 @@ class Relay:
             self._break(RelayEnd.BROKEN, "the app's data ended inside a ping frame")
             return
         self._end = self._end or end
-        self._down = _Flow.ENDING
+        self._down = Flow.ENDING
         self._finish_down()
 
     def _on_local_clear(self) -> None:
-        if self._down is _Flow.OPEN:
+        if self._down is Flow.OPEN:
             self._remote.resume()
         else:
             self._finish_down()
 
     def _finish_down(self) -> None:
-        if self._down is not _Flow.ENDING or self._local.pending_bytes:
+        if self._down is not Flow.ENDING or self._local.pending_bytes:
             return
         try:
             self._local.socket.shutdown(socket.SHUT_WR)
         except OSError as error:
             self._on_local_error(error)
             return
-        self._down = _Flow.DONE
+        self._down = Flow.DONE
         self._finish_both()
 
     def _on_local_error(self, _: OSError) -> None:
         # The program has closed; what it sent before is still read and delivered.
         self._remote.pause()
         self._local.discard()
-        self._down = _Flow.DONE
+        self._down = Flow.DONE
         self._finish_both()
 
     # The end.
@@ -324,7 +319,7 @@ class Relay:
             self._report(self._end or RelayEnd.APP_CLOSED, "")
 
     def _break(self, end: RelayEnd, error: str) -> None:
-        self._up = self._down = _Flow.DONE
+        self._up = self._down = Flow.DONE
         self._local.reset()
         self._remote.reset()
         self._report(end, error)

@@ -17,6 +17,8 @@ from tls_peers import DEADLINE_SECONDS, SERVER_NAME, Peer, client_context
 
 from workers.proxy.dial import dial
 from workers.proxy.dial_plan import DialPlan, TlsPlan
+from workers.proxy.guarded_relay import GuardedRelay
+from workers.proxy.http_guard.guard import Guard
 from workers.proxy.reactor import Reactor
 from workers.proxy.relay import Relay, RelayOutcome
 from workers.proxy.upstream import Upstream
@@ -47,12 +49,15 @@ with asyncio.Runner(loop_factory=uvloop.new_event_loop) as _runner:
 class Bed:
     """Listener, relays and their outcomes, inside a running event loop."""
 
-    def __init__(self, plan: DialPlan, max_pending_bytes: int) -> None:
+    def __init__(
+        self, plan: DialPlan, max_pending_bytes: int, make_guard: Callable[[], Guard] | None = None
+    ) -> None:
         self.reactor = Reactor(asyncio.get_running_loop())
         self.memory = self.reactor.memory
         self.relays: list[Relay] = []
         self.outcomes: list[RelayOutcome] = []
         self.max_pending_bytes = max_pending_bytes
+        self._make_guard = make_guard
         self._plan = plan
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self._listener.setblocking(False)
@@ -70,7 +75,11 @@ class Bed:
         return local
 
     def start(self, upstream: Upstream, local: socket.socket) -> Relay:
-        relay = Relay(self.reactor, local, upstream, self.outcomes.append, self.max_pending_bytes)
+        ends = (self.reactor, local, upstream, self.outcomes.append)
+        if self._make_guard is None:
+            relay = Relay(*ends, self.max_pending_bytes)
+        else:
+            relay = GuardedRelay(*ends, self._make_guard(), self.max_pending_bytes)
         self.relays.append(relay)
         relay.start()
         return relay
@@ -131,6 +140,7 @@ def run_in_bed(
     context: ssl.SSLContext | None = None,
     plan: DialPlan | None = None,
     max_pending_bytes: int = 64 * 1024,
+    make_guard: Callable[[], Guard] | None = None,
     loop_factory=uvloop.new_event_loop,
 ):
     """Runs `await scenario(bed)` and checks that nothing is left open."""
@@ -138,7 +148,7 @@ def run_in_bed(
         plan = tls_plan(peer.port, context or client_context(alpn))
 
     async def main():
-        bed = Bed(plan, max_pending_bytes)
+        bed = Bed(plan, max_pending_bytes, make_guard)
         try:
             result = await scenario(bed)
         finally:

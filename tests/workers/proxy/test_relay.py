@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import uvloop
-from relay_bed import digest, one_program, program, receive_all, run_in_bed, until
+from relay_bed import digest, one_program, program, receive_all, run_in_bed
 from tls_peers import FarConnection, Peer, client_context, server_context, stranger, unframe
 
 from workers.proxy.relay import RelayEnd
@@ -254,28 +254,6 @@ def test_a_corrupted_stream_resets_the_program():
     _, outcome = run_in_bed(Peer(corrupt), lambda bed: one_program(bed, talk))
     assert outcome.end is RelayEnd.BROKEN
     assert outcome.error.startswith("TLS failed")
-
-
-def test_close_delivers_what_was_read_and_ends_both_sides():
-    ends = []
-
-    def read(far: FarConnection) -> None:
-        far.send(b"down")
-        ends.append(far.recv_all())
-
-    async def scenario(bed):
-        with program(bed.address) as connection:
-            await bed.accept()
-            connection.sendall(b"up")
-            await until(lambda: bed.relays[0].bytes_up == 2 and bed.relays[0].bytes_down == 4)
-            bed.relays[0].close()
-            received = await asyncio.to_thread(receive_all, connection)
-        await bed.ended()
-        return received, bed.outcomes[0]
-
-    received, outcome = run_in_bed(Peer(read), scenario)
-    assert (received, ends) == (b"down", [b"up"])
-    assert outcome.end is RelayEnd.CLOSED
 
 
 def test_abort_resets_the_program():

@@ -3,8 +3,6 @@
 Byte 0 picks the side and whether the rest is the line or tells what to build (`typed_values`).
 """
 
-import contextlib
-
 import msgspec
 from byte_choices import Choices
 from typed_values import build
@@ -12,7 +10,7 @@ from typed_values import build
 from ipc import connection_list as c
 from supervisor.cli import connection_view
 from supervisor.cli.connection_report import Told, ends_of, merge
-from supervisor.cli.socket_owners import question_about
+from supervisor.cli.socket_owners import owners
 
 SIDES = [(c.decode_from_proxy, c.FromProxy), (c.decode_look, c.Look)]
 WIDTH = 80
@@ -42,6 +40,4 @@ def check_shown(message: c.FromProxy | c.Look) -> None:
     for shown in connection_view.lines(found, WIDTH, 1.8e9, has_colour=False):
         assert shown.isprintable()
         assert len(shown) <= WIDTH
-    for connection in connections:
-        with contextlib.suppress(ValueError):
-            question_about(ends_of(connection), 1)
+    owners([ends_of(connection) for connection in connections])

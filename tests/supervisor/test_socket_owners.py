@@ -3,17 +3,14 @@
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from supervisor.cli import socket_owners as module
-from supervisor.cli.socket_owners import Ends, SocketOwner, owner_in, owners, question_about
+from supervisor.cli.socket_owners import Ends, SocketOwner, owners
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 
@@ -120,26 +117,3 @@ def test_looking_through_processes_ends_in_time(connected, monkeypatch):
     monkeypatch.setattr(module, "PROC_SECONDS", -1)
     ends = ends_of(connected)
     assert owners([ends]) == {ends: SocketOwner(os.getuid(), None, None)}
-
-
-ENDS = Ends("10.0.0.1", 1000, "10.0.0.2", 2000)
-
-
-def answer(sequence=7, kind=20, ends=ENDS, uid=1000, inode=4711):
-    question = question_about(ends, sequence)
-    body = bytes(4) + question[24:] + struct.pack("=IIIII", 0, 0, 0, uid, inode)
-    return struct.pack("=IHHII", 16 + len(body), kind, 0, sequence, 0) + body
-
-
-def test_answers_of_the_kernel():
-    assert owner_in(answer(), ENDS, 7) == (1000, 4711)
-    assert owner_in(answer(), ENDS, 8) is None
-    assert owner_in(answer(kind=2), ENDS, 7) is None
-    assert owner_in(answer(inode=0), ENDS, 7) is None
-    assert owner_in(answer(ends=ENDS._replace(peer_port=0)), ENDS, 7) is None
-    assert owner_in(answer()[:-1], ENDS, 7) is None
-
-
-@given(st.binary(max_size=200))
-def test_other_answers_are_none(data):
-    assert owner_in(data, ENDS, 7) is None

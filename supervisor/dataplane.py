@@ -90,6 +90,14 @@ class DataPlane(Protocol):
         """Routes exactly these IPv4 ranges; returns those that could not be, and why."""
         ...
 
+    def set_forwarded(self, networks: Sequence[str]) -> dict[str, OSError]:
+        """Answers go back to exactly these networks, whose packets the host forwards here.
+
+        Returns those that cannot be routed, and why. Where packets are rewritten answers go to the interface's
+        own address alone, and nothing is done.
+        """
+        ...
+
     @property
     def has_ipv6(self) -> bool:
         """Whether IPv6 works on the interface, as far as was seen when it was mended last."""

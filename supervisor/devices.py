@@ -203,9 +203,10 @@ class Links:
                 **({"flags": IFA_F_NODAD} if version6 else {}),
             )
 
-    def add_route(self, name: str, destination: str, source: bytes) -> None:
-        """Routes a range into the device, with our address as source."""
-        self._route("add", name, destination, prefsrc=_text(source))
+    def add_route(self, name: str, destination: str, source: bytes | None = None) -> None:
+        """Routes a range into the device, with our address as source if there is one."""
+        options = {} if source is None else {"prefsrc": _text(source)}
+        self._route("add", name, destination, **options)
 
     def remove_route(self, name: str, destination: str) -> None:
         self._route("del", name, destination)

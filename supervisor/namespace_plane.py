@@ -3,7 +3,7 @@
     host's namespace                          inner namespace
     program ── outer TUN (.1, ::1)            lo: every virtual address is local
                   │                             │ listening sockets, DNS sockets
-                  └──── tun worker ──── inner TUN (the way back to .1 and ::1)
+                  └──── tun worker ──── inner TUN (the way back to .1 and ::1, and to forwarded networks)
 
 The supervisor owns all of it; workers borrow descriptors. A socket keeps the namespace it was made in,
 so a proxy accepts on virtual addresses and dials from the host's network.
@@ -11,6 +11,8 @@ so a proxy accepts on virtual addresses and dials from the host's network.
 
 import os
 import socket
+from collections.abc import Sequence
+from ipaddress import ip_network
 from typing import Final
 
 import msgspec
@@ -57,6 +59,22 @@ class NamespaceDataPlane(HostLinkPlane):
             listener = plane_sockets.bound_socket(socket.SOCK_STREAM, address, port, is_shared=True)
         plane_sockets.listen(listener)
         return listener
+
+    def set_forwarded(self, networks: Sequence[str]) -> dict[str, OSError]:
+        links = self._inner_links
+        wanted = {str(ip_network(text)) for text in networks}
+        failed: dict[str, OSError] = {}
+        with inside(self._namespace):  # where the device has its name
+            # Asked, because an earlier process may have routed others.
+            routed = links.state_of(INNER_NAME).routes
+            for gone in routed - wanted:
+                links.remove_route(INNER_NAME, gone)
+            for new in sorted(wanted - routed):
+                try:
+                    links.add_route(INNER_NAME, new)
+                except OSError as error:
+                    failed[new] = error
+        return failed
 
     def keep(self) -> KeptLink:
         return KeptLink(

@@ -56,6 +56,9 @@ class RewritingDataPlane(HostLinkPlane):
         plane_sockets.listen(listener)
         return listener
 
+    def set_forwarded(self, networks: Sequence[str]) -> dict[str, OSError]:  # noqa: ARG002  # see DataPlane
+        return {}
+
     def keep(self) -> KeptLink:
         return KeptLink(
             network=msgspec.structs.replace(self._network, ranges=list(self._ranges)),

@@ -8,6 +8,7 @@ import hostile_trigger
 from ipc.messages import ConfigureDns
 from workers.dns import udp
 from workers.dns import worker as real
+from workers.dns.askers import End
 from workers.runtime import Runtime
 
 # At tun's socket it has no business; its key is not on the list there.
@@ -19,7 +20,7 @@ async def main(runtime: Runtime[ConfigureDns]) -> None:
     proxies = [f"proxy-{index}" for index in range(common.proxies)]
     answer = udp.UdpServer._take
 
-    def take(self: udp.UdpServer, data: bytes, peer: udp.Peer, now: float) -> bool:
+    def take(self: udp.UdpServer, data: bytes, peer: End, now: float) -> bool:
         if not data.startswith(hostile_trigger.TRIGGER):
             return answer(self, data, peer, now)
         name = hostile_trigger.name_in(data)

@@ -12,6 +12,7 @@ from packet_places import NETWORK, PERIMETER, PLACES_IPV4, PLACES_IPV6, PROXIES,
 
 from ipc.messages import Redirect
 from workers.tun.packet import ACK, ICMP, ICMPV6, RST, SYN, TCP, UDP, Packet, parse_packet
+from workers.tun.policy import Drop
 from workers.tun.rewriting_inspector import RewritingInspector
 
 MAX_PACKETS = 40
@@ -127,11 +128,13 @@ def check_decision(packet: bytes, written: bytes, *, is_held: bool) -> None:
     if not written:
         return
     assert isinstance(view, Packet)
-    assert PERIMETER.check_from_outer(view) is None
-    assert view.source in VNET_OWN
     answer = parse_packet(written)
     assert isinstance(answer, Packet), "what is written is a packet"
     assert (answer.source, answer.destination) == (view.destination, view.source)
+    if view.source not in VNET_OWN:
+        check_refusal(view, answer, written)
+        return
+    assert PERIMETER.check_from_outer(view) is None
     if view.version == 4:
         assert folded(written[: (written[0] & 15) * 4]) == folded(
             packet[: (packet[0] & 15) * 4]
@@ -144,6 +147,19 @@ def check_decision(packet: bytes, written: bytes, *, is_held: bool) -> None:
         return
     if view.protocol == answer.protocol in {TCP, UDP} and not view.fragment:
         check_transport(packet, written, view)
+
+
+def check_refusal(view: Packet, answer: Packet, written: bytes) -> None:
+    """What comes from elsewhere is told that nobody is there, and not more."""
+    assert PERIMETER.check_from_outer(view) is Drop.FOREIGN_SOURCE
+    assert PERIMETER.is_uninvited(view)
+    if view.protocol == TCP:
+        assert is_reset(written)
+        return
+    assert view.protocol == UDP
+    assert answer.protocol == (ICMP if view.version == 4 else ICMPV6)
+    error = (3, 3) if view.version == 4 else (1, 4)
+    assert tuple(written[answer.transport_offset :][:2]) == error
 
 
 def check_transport(packet: bytes, written: bytes, view: Packet) -> None:

@@ -7,6 +7,9 @@ Four tables, each with its own limit, so that a flood of other names cannot push
 packed answers by the whole query without its id; names of ours; names that would be ours and that
 nothing has; names that are not ours. Answers from upstream are not kept: the servers there do that,
 and know their lifetimes.
+
+What is said of our own names, that there is none included, is for those who may connect. Whoever else asks is
+told REFUSED, after the same work: what is remembered does not depend on who asked first.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ from ipc.addresses import ipv6_twin
 from ipc.messages import AddressResolved, NameOutcome, NameResolved, Network
 from workers.dns import answer
 from workers.dns.answer import AnswerError
+from workers.dns.askers import MayKnow
 from workers.dns.cache import ExpiringCache
 from workers.dns.message import (
     Query,
@@ -51,6 +55,8 @@ MAX_KEY_BYTES: Final = 12 + 259 + 11
 # In place of an expiry: not to be used again.
 ONCE: Final = 0.0
 
+# What tells of our own names.
+_OUR_OWN: Final = frozenset({Outcome.OWN, Outcome.NODATA, Outcome.NXDOMAIN})
 _OUTCOMES: Final = {
     Rcode.SERVFAIL: Outcome.SERVFAIL,
     Rcode.FORMERR: Outcome.FORMERR,
@@ -137,14 +143,19 @@ class DnsService:
         """Drops everything remembered."""
         self._state = _State(self._state.network, self._limits)
 
-    def at_once(self, data: bytes, now: float) -> bytes | Query | None:
+    def at_once(self, data: bytes, now: float, may_know: MayKnow) -> bytes | Query | None:
         """The answer, if no one has to be asked for it; else the query, for `begin`.
+
+        `may_know` is called only for an answer that tells of our own names.
 
         None: the bytes get no answer. Raises nothing, for any input.
         """
         self._counters["queries"] += 1
         hit = self._state.packed.get(data[2:], now)
-        if hit is not None:
+        if hit is not None:  # of our own names: nothing else is kept
+            if not may_know():
+                query = parse(data)
+                return self._finish(query, _refusal(query, Rcode.REFUSED))
             self._counters["cache_hits"] += 1
             self._counters[hit.outcome] += 1
             return data[:2] + hit.data[2:]
@@ -160,18 +171,27 @@ class DnsService:
         if reply is None:
             return query
         self._remember(self._state, query, reply)
-        return self._finish(query, reply)
+        return self._finish(query, _guarded(query, reply, may_know))
 
-    def begin(self, query: Query, deliver: Callable[[bytes], None], *, over_tcp: bool) -> None:
+    def begin(
+        self,
+        query: Query,
+        may_know: MayKnow,
+        deliver: Callable[[bytes], None],
+        *,
+        over_tcp: bool,
+    ) -> None:
         """Answers a query that `at_once` gave back; `deliver` is called exactly once.
 
-        Unless `close` comes first.
+        Unless `close` comes first. `may_know` as there, and just before the answer.
         """
         if len(self._tasks) >= self._limits.in_flight:
             self._tally.count("overloads")
             deliver(self._finish(query, _refusal(query, Rcode.SERVFAIL)))
             return
-        task = asyncio.get_running_loop().create_task(self._run(query, deliver, over_tcp=over_tcp))
+        task = asyncio.get_running_loop().create_task(
+            self._run(query, may_know, deliver, over_tcp=over_tcp)
+        )
         self._tasks.add(task)
         self._counters["in_flight_now"] = len(self._tasks)
         task.add_done_callback(self._end)
@@ -190,7 +210,14 @@ class DnsService:
         self._tasks.discard(task)
         self._counters["in_flight_now"] = len(self._tasks)
 
-    async def _run(self, query: Query, deliver: Callable[[bytes], None], *, over_tcp: bool) -> None:
+    async def _run(
+        self,
+        query: Query,
+        may_know: MayKnow,
+        deliver: Callable[[bytes], None],
+        *,
+        over_tcp: bool,
+    ) -> None:
         start = time.monotonic()
         state = self._state
         try:
@@ -203,7 +230,7 @@ class DnsService:
             log.exception("query %d %s type %d failed", query.id, query.text, query.qtype)
             reply = _refusal(query, Rcode.SERVFAIL)
         self._remember(state, query, reply)
-        data = self._finish(query, reply)
+        data = self._finish(query, _guarded(query, reply, may_know))
         if not over_tcp and len(data) > query.payload_limit:
             data = truncate(query, data)
         deliver(data)
@@ -325,6 +352,13 @@ class DnsService:
         if log.isEnabledFor(logging.DEBUG):  # the text of the name costs more than the rest
             log.debug("query %d %s type %d: %s", query.id, query.text, query.qtype, reply.outcome)
         return reply.data
+
+
+def _guarded(query: Query, reply: Reply, may_know: MayKnow) -> Reply:
+    """The reply as it is given to this asker."""
+    if reply.outcome not in _OUR_OWN or may_know():
+        return reply
+    return _refusal(query, Rcode.REFUSED)
 
 
 def _refusal(query: Query, rcode: Rcode) -> Reply:

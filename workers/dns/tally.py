@@ -3,6 +3,7 @@
 queries              questions received, over UDP and TCP
 answers_<outcome>    see Outcome; `dropped` are those that got none
 cache_hits           answered from packed answers
+refused_users        answers about VNet's names that were kept from who may not have them (REFUSED)
 upstream_failures    forwarded questions that no server answered
 upstream_mismatches  datagrams from upstream that belonged to no question
 overloads            questions or connections turned away at a limit
@@ -38,6 +39,7 @@ class Outcome(StrEnum):
 OTHERS: Final = (
     "queries",
     "cache_hits",
+    "refused_users",
     "upstream_failures",
     "upstream_mismatches",
     "overloads",

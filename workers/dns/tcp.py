@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 from weakref import WeakSet
 
+from workers.dns.askers import Askers, End, MayKnow
 from workers.dns.service import DnsService
 from workers.dns.tally import Tally
 
@@ -44,11 +45,14 @@ class TcpServer:
         self,
         sock: socket.socket,
         service: DnsService,
+        askers: Askers,
         tally: Tally,
         limits: TcpLimits | None = None,
     ) -> None:
         self._socket = sock
+        self._own: End = sock.getsockname()
         self._service = service
+        self._askers = askers
         self._tally = tally
         self._limits = limits or TcpLimits()
         self._server: asyncio.Server | None = None
@@ -108,7 +112,12 @@ class TcpServer:
         assert task is not None
         self._arriving.discard(writer.transport.get_protocol())
         self._arrived.set()
-        connection = _Connection(reader, writer, self, task)
+        peer = writer.get_extra_info("peername")
+        if peer is None:
+            writer.transport.abort()  # it is gone already
+            return
+        may_know = self._askers.of_connection(peer, self._own)
+        connection = _Connection(reader, writer, self, may_know, task)
         if not self._make_room():
             self._tally.count("overloads")
             writer.transport.abort()
@@ -166,12 +175,14 @@ class _Connection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         server: TcpServer,
+        may_know: MayKnow,
         task: asyncio.Task[object],
     ) -> None:
         self.task = task
         self._reader = reader
         self._writer = writer
         self._server = server
+        self._may_know = may_know
         self._pending = 0
         self._answered = asyncio.Event()
         self._has_asked = False
@@ -224,13 +235,13 @@ class _Connection:
 
     def _take(self, data: bytes) -> None:
         start = time.monotonic()
-        reply = self._server.service.at_once(data, start)
+        reply = self._server.service.at_once(data, start, self._may_know)
         if isinstance(reply, bytes):
             self._write(reply)
             self._server.tally.observe(time.monotonic() - start)
         elif reply is not None:
             self._pending += 1
-            self._server.service.begin(reply, self._deliver, over_tcp=True)
+            self._server.service.begin(reply, self._may_know, self._deliver, over_tcp=True)
 
     def _deliver(self, data: bytes) -> None:
         self._pending -= 1

@@ -10,8 +10,9 @@ import logging
 import socket
 import time
 from contextlib import suppress
-from typing import Final, TypeAlias
+from typing import Final
 
+from workers.dns.askers import Askers, End
 from workers.dns.message import MAX_QUERY_BYTES
 from workers.dns.service import DnsService
 from workers.dns.tally import Tally
@@ -22,16 +23,17 @@ BATCH: Final = 64
 # Room for bursts while the worker is busy or being replaced; the kernel may give less.
 RECEIVE_BUFFER_BYTES: Final = 1 << 20
 
-# What recvfrom says about the sender; it is only handed back to sendto.
-Peer: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
-
 
 class UdpServer:
     """Serves one bound, non-blocking UDP socket, which it owns."""
 
-    def __init__(self, sock: socket.socket, service: DnsService, tally: Tally) -> None:
+    def __init__(
+        self, sock: socket.socket, service: DnsService, askers: Askers, tally: Tally
+    ) -> None:
         self._socket = sock
+        self._own: End = sock.getsockname()
         self._service = service
+        self._askers = askers
         self._tally = tally
         self._loop = asyncio.get_running_loop()
 
@@ -69,17 +71,20 @@ class UdpServer:
             # The batch's whole time for each of its answers: an upper bound for one clock reading.
             self._tally.observe(time.monotonic() - start, answered)
 
-    def _take(self, data: bytes, peer: Peer, now: float) -> bool:
+    def _take(self, data: bytes, peer: End, now: float) -> bool:
         """Whether the message was answered at once."""
-        reply = self._service.at_once(data, now)
+        may_know = self._askers.of_datagram(peer, self._own)
+        reply = self._service.at_once(data, now, may_know)
         if isinstance(reply, bytes):
             self._send(reply, peer)
             return True
         if reply is not None:
-            self._service.begin(reply, lambda late: self._send(late, peer), over_tcp=False)
+            self._service.begin(
+                reply, may_know, lambda late: self._send(late, peer), over_tcp=False
+            )
         return False
 
-    def _send(self, data: bytes, peer: Peer) -> None:
+    def _send(self, data: bytes, peer: End) -> None:
         try:
             self._socket.sendto(data, peer)
         except OSError as error:

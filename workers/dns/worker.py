@@ -15,8 +15,11 @@ from ipc.messages import (
     NamesChanged,
     Network,
     NetworkChanged,
+    SecurityChanged,
     UpstreamChanged,
 )
+from ipc.socket_lookup import lookup_of
+from workers.dns.askers import Askers
 from workers.dns.resolver import Resolver
 from workers.dns.servers import select_servers
 from workers.dns.service import DnsService
@@ -58,11 +61,14 @@ async def main(runtime: Runtime[ConfigureDns]) -> None:
         for index in range(config.common.proxies)
     )
     service = DnsService(config.network, config.ttl_seconds, resolver, forwarder, tally)
-    settings = _Settings(config, service, forwarder)
+    ends = [socket.socket(fileno=descriptor) for descriptor in runtime.descriptors]
+    netlink = next((end for end in ends if end.type == socket.SOCK_RAW), None)
+    kernel = lookup_of(netlink, config.access.interface)
+    askers = Askers(config.network, config.access, kernel, tally)
+    settings = _Settings(config, service, askers, forwarder)
     runtime.on_message = settings.on_message
-    sockets = [socket.socket(fileno=descriptor) for descriptor in runtime.descriptors]
-    udp = [UdpServer(sock, service, tally) for sock in sockets if sock.type == socket.SOCK_DGRAM]
-    tcp = [TcpServer(sock, service, tally) for sock in sockets if sock.type == socket.SOCK_STREAM]
+    udp = [UdpServer(end, service, askers, tally) for end in ends if end.type == socket.SOCK_DGRAM]
+    tcp = [TcpServer(end, service, askers, tally) for end in ends if end.type == socket.SOCK_STREAM]
     front = _Front(udp, tcp, service)
 
     async def work() -> None:
@@ -80,6 +86,7 @@ async def main(runtime: Runtime[ConfigureDns]) -> None:
     finally:
         await front.close()
         resolver.close()
+        askers.close()
 
 
 class _Front:
@@ -121,12 +128,15 @@ class _Front:
 
 
 class _Settings:
-    """The present network and upstream list; either may change at any time."""
+    """The present network, upstream list and users; each may change at any time."""
 
-    def __init__(self, config: ConfigureDns, service: DnsService, forwarder: Forwarder) -> None:
+    def __init__(
+        self, config: ConfigureDns, service: DnsService, askers: Askers, forwarder: Forwarder
+    ) -> None:
         self._network: Network = config.network
         self._upstream = config.upstream
         self._service = service
+        self._askers = askers
         self._forwarder = forwarder
         self._choose_servers()
 
@@ -135,11 +145,15 @@ class _Settings:
         if isinstance(message, NetworkChanged):
             self._network = message.network
             self._service.change_network(message.network)
+            self._askers.change_network(message.network)
         elif isinstance(message, UpstreamChanged):
             self._upstream = message.upstream
             self._service.forget()
         elif isinstance(message, NamesChanged):
             self._service.forget()
+            return
+        elif isinstance(message, SecurityChanged):
+            self._askers.change_access(message.access)
             return
         else:
             log.error("%s is not for this worker", type(message).__name__)

@@ -3,19 +3,30 @@
 What passes does so unchanged; a connection attempt goes to the doorkeeper.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from ipc.messages import Network
 from workers.tun.doorkeeper import Doorkeeper
 from workers.tun.packet import Malformed, Packet, parse_packet
 from workers.tun.policy import Drop, FastPath, Perimeter, drop_reasons, is_oversized_syn
+from workers.tun.uninvited import Uninvited
 
 
 class Inspector:
-    """See the module. `doorkeeper` is set before the first packet comes."""
+    """See the module. `doorkeeper` is set before the first packet comes. `clock` is monotonic."""
 
-    def __init__(self, network: Network, proxies: int, counters: dict[str, int]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        proxies: int,
+        counters: dict[str, int],
+        clock: Callable[[], float],
+        write_outer: Callable[[bytes], None],
+    ) -> None:
         self._counters: Final = counters
+        self._write_outer: Final = write_outer
+        self._uninvited: Final = Uninvited(counters, clock)
         self._proxies: Final = proxies
         self._perimeter = Perimeter(network, proxies)
         self.doorkeeper: Doorkeeper
@@ -42,6 +53,10 @@ class Inspector:
             drop = Drop.OVERSIZED_SYN
         if drop is not None:
             self._counters[f"dropped_{drop}"] += 1
+            if drop is Drop.FOREIGN_SOURCE and self._perimeter.is_uninvited(packet):
+                answer = self._uninvited.answer(data, packet)
+                if answer is not None:
+                    self._write_outer(answer)
             return None
         self.outer_path.approve(packet)
         return data

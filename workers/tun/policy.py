@@ -1,10 +1,11 @@
 """Which packets may cross between the two TUN devices. Pure.
 
-    outer -> inner   source       the outer TUN's own address
+    outer -> inner   source       the outer TUN's own address, or in a forwarded network
                      destination  a virtual range, or VNet's own addresses
     inner -> outer   the same pair the other way round, and no connection attempts
 
-Where packets are rewritten there is one device, and the first rule holds for all that comes from it.
+Where packets are rewritten there is one device, and the first rule holds for all that comes from it; networks are
+not forwarded then.
 
 A connection attempt must not slip past the SYN gate inside fragments (RFC 1858, RFC 3128). With an
 MTU of 65535 no TCP segment is ever fragmented by an honest sender, so fragments that are TCP, or
@@ -13,7 +14,7 @@ the protocol and IPv6 takes the next header from the first fragment, so one kind
 another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from ipaddress import ip_network
 from typing import Final
@@ -58,12 +59,13 @@ class Perimeter:
         if network.ipv6_prefix is not None:
             prefix = int.from_bytes(network.ipv6_prefix)
             self._ranges.append((16, ((1 << 64) - 1) << 64, prefix))
+        self._forwarded: Final = [_as_mask(text) for text in network.forwarded_from]
 
     def check_from_outer(self, packet: Packet) -> Drop | None:
         """Why a packet read from the outer device does not pass, or None."""
         if _is_noise(packet):
             return Drop.NOISE
-        if packet.source not in self._outer:
+        if not self._is_program(packet.source):
             return Drop.FOREIGN_SOURCE
         if not self._is_virtual(packet.destination):
             return Drop.FOREIGN_DESTINATION
@@ -75,7 +77,7 @@ class Perimeter:
             return Drop.NOISE
         if not self._is_virtual(packet.source):
             return Drop.FOREIGN_SOURCE
-        if packet.destination not in self._outer:
+        if not self._is_program(packet.destination):
             return Drop.FOREIGN_DESTINATION
         if packet.tcp is not None and packet.tcp.opens_connection:
             return Drop.INNER_SYN
@@ -93,11 +95,18 @@ class Perimeter:
         port = packet.tcp.destination_port
         return probed_proxy(self._dns_ipv4, self._proxies, packet.destination, port) is not None
 
+    def is_uninvited(self, packet: Packet) -> bool:
+        """Whether a packet with a foreign source is one that this VNet would have answered."""
+        return self._is_virtual(packet.destination) and not self._is_virtual(packet.source)
+
+    def _is_program(self, address: bytes) -> bool:
+        """Whether connections may come from there."""
+        return address in self._outer or (
+            _is_in(self._forwarded, address) and not self._is_virtual(address)
+        )
+
     def _is_virtual(self, address: bytes) -> bool:
-        if address in self._ungated:
-            return True
-        value, size = int.from_bytes(address), len(address)
-        return any(size == s and value & mask == base for s, mask, base in self._ranges)
+        return address in self._ungated or _is_in(self._ranges, address)
 
 
 class FastPath:
@@ -195,6 +204,11 @@ def _is_noise(packet: Packet) -> bool:
 def _is_link_local(*addresses: bytes) -> bool:
     """RFC 4291 section 2.5.6: fe80::/10."""
     return any(a[0] == 0xFE and a[1] & 0xC0 == 0x80 for a in addresses)
+
+
+def _is_in(blocks: Sequence[tuple[int, int, int]], address: bytes) -> bool:
+    value, size = int.from_bytes(address), len(address)
+    return any(size == s and value & mask == base for s, mask, base in blocks)
 
 
 def _as_mask(text: str) -> tuple[int, int, int]:

@@ -34,6 +34,7 @@ from workers.tun.rewrite import (
     turned,
     turned_to_port,
 )
+from workers.tun.uninvited import Uninvited
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class RewritingInspector:
         self.flows: Final = FlowTable()
         self._redirects: Final = Redirects()
         self._errors: Final = icmp.ErrorAllowance()
+        self._uninvited: Final = Uninvited(counters, clock)
         self._use_network(network)
         names = ["resets", "echo_replies", "unreachables", *drop_reasons()]
         counters.update(dict.fromkeys(names, 0))
@@ -73,7 +75,13 @@ class RewritingInspector:
     def inspect(self, data: bytes) -> Buffer | None:
         """What is written back now, if anything."""
         packet = parsed(data, self._counters)
-        return None if packet is None else self._counted(self._decide(data, packet))
+        if packet is None:
+            return None
+        result = self._decide(data, packet)
+        if result is Drop.FOREIGN_SOURCE and self._perimeter.is_uninvited(packet):
+            self._counted(result)
+            return self._uninvited.answer(data, packet)
+        return self._counted(result)
 
     def admitted(self, data: bytes) -> Buffer | None:
         """A connection attempt that may pass, as it is to be written.

@@ -46,11 +46,16 @@ class _Plane:
     write_outer: Callable[[bytes], None]
 
 
-def _join(config: ConfigureTun, descriptors: list[int], counters: dict[str, int]) -> _Plane:
+def _join(
+    config: ConfigureTun,
+    descriptors: list[int],
+    counters: dict[str, int],
+    clock: Callable[[], float],
+) -> _Plane:
     """Packets cross between two devices unchanged."""
     outer = Device("outer", descriptors[0], counters)
     inner = Device("inner", descriptors[1], counters)
-    inspector = Inspector(config.network, config.common.proxies, counters)
+    inspector = Inspector(config.network, config.common.proxies, counters, clock, outer.write)
     directions = (
         Direction(outer, inner, inspector.outer_path.recogniser(), inspector.inspect_from_outer),
         Direction(inner, outer, inspector.inner_path.recogniser(), inspector.inspect_from_inner),
@@ -84,7 +89,7 @@ async def main(runtime: Runtime[ConfigureTun]) -> None:
     plane = (
         _turn(config, runtime.descriptors, counters, loop.time)
         if config.data_plane is DataPlaneKind.REWRITING
-        else _join(config, runtime.descriptors, counters)
+        else _join(config, runtime.descriptors, counters, loop.time)
     )
     inspector = plane.inspector
 

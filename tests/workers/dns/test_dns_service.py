@@ -7,6 +7,7 @@ import pytest
 from dns_fakes import (
     FakeNames,
     FakeUpstreams,
+    everybody,
     forwarded_answer,
     make_network,
     make_query,
@@ -41,12 +42,12 @@ class Setup:
         )
 
     async def ask(self, data: bytes, *, over_tcp: bool = False) -> bytes:
-        reply = self.service.at_once(data, self.now)
+        reply = self.service.at_once(data, self.now, everybody)
         assert reply is not None
         if isinstance(reply, bytes):
             return reply
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.service.begin(reply, done.set_result, over_tcp=over_tcp)
+        self.service.begin(reply, everybody, done.set_result, over_tcp=over_tcp)
         return await done
 
     async def record(self, name: str, qtype: str = "A", **more: object) -> DNSRecord:
@@ -159,7 +160,7 @@ def test_missing_name_is_asked_once_per_spelling_until_its_time_is_over() -> Non
         setup.names.give(MISSING, "100.64.0.9")
         assert shape(await setup.record(MISSING.title()))[1] == ["A 100.64.0.9"]
         later = asyncio.get_running_loop().time() + 1e6
-        assert isinstance(setup.service.at_once(make_query(MISSING), later), Query)
+        assert isinstance(setup.service.at_once(make_query(MISSING), later, everybody), Query)
 
     run(main())
 
@@ -213,11 +214,11 @@ def test_repeated_question_is_answered_from_packed_bytes() -> None:
     async def main() -> None:
         setup = Setup()
         first = await setup.ask(make_query(NAME, id_=1))
-        second = setup.service.at_once(make_query(NAME, id_=2), setup.now)
+        second = setup.service.at_once(make_query(NAME, id_=2), setup.now, everybody)
         assert second == b"\0\2" + first[2:]
         assert setup.counters["cache_hits"] == 1
         assert setup.counters["answers_own"] == 2
-        other_case = setup.service.at_once(make_query(NAME.title(), id_=3), setup.now)
+        other_case = setup.service.at_once(make_query(NAME.title(), id_=3), setup.now, everybody)
         assert isinstance(other_case, bytes)
         assert DNSRecord.parse(other_case).q.qname.label[0] == b"Pg"
         assert setup.names.asked == [NAME]
@@ -230,8 +231,8 @@ def test_expired_name_is_asked_again() -> None:
         setup = Setup()
         await setup.ask(make_query(NAME))
         later = asyncio.get_running_loop().time() + 1e6
-        assert isinstance(setup.service.at_once(make_query(NAME), later), Query)
-        assert isinstance(setup.service.at_once(make_query(NAME, "MX"), later), Query)
+        assert isinstance(setup.service.at_once(make_query(NAME), later, everybody), Query)
+        assert isinstance(setup.service.at_once(make_query(NAME, "MX"), later, everybody), Query)
 
     run(main())
 
@@ -282,7 +283,7 @@ def test_answer_that_was_under_way_when_the_network_changed_is_not_kept() -> Non
         setup.service.forget()
         setup.names.gate.set()
         await task
-        assert isinstance(setup.service.at_once(make_query(NAME), setup.now), Query)
+        assert isinstance(setup.service.at_once(make_query(NAME), setup.now, everybody), Query)
 
     run(main())
 
@@ -292,7 +293,7 @@ def test_query_with_a_cookie_is_answered_but_not_kept_packed() -> None:
         setup = Setup()
         data = make_query(NAME, edns=1232, opts=[EDNSOption(10, b"12345678")])
         await setup.ask(data)
-        assert isinstance(setup.service.at_once(data, setup.now), bytes)
+        assert isinstance(setup.service.at_once(data, setup.now, everybody), bytes)
         assert setup.counters["cache_hits"] == 0
         assert setup.names.asked == [NAME]
 
@@ -322,7 +323,7 @@ def test_broken_query_is_refused_and_counted(
     mangle: Callable[[bytes], bytes], rcode: int, counter: str
 ) -> None:
     setup = Setup()
-    reply = setup.service.at_once(mangle(make_query(NAME, id_=258)), 0.0)
+    reply = setup.service.at_once(mangle(make_query(NAME, id_=258)), 0.0, everybody)
     assert isinstance(reply, bytes)
     assert (reply[:2], reply[3] & 15) == (b"\1\2", rcode)
     assert setup.counters[counter] == 1
@@ -330,7 +331,7 @@ def test_broken_query_is_refused_and_counted(
 
 def test_response_is_dropped_and_counted() -> None:
     setup = Setup()
-    assert setup.service.at_once(forwarded_answer(make_query(NAME)), 0.0) is None
+    assert setup.service.at_once(forwarded_answer(make_query(NAME)), 0.0, everybody) is None
     assert setup.counters["answers_dropped"] == 1
 
 
@@ -382,7 +383,7 @@ def test_flood_of_foreign_names_leaves_our_own_in_place() -> None:
         await setup.ask(make_query(NAME))
         for number in range(50):
             await setup.ask(make_query(f"n{number}.test"))
-        assert isinstance(setup.service.at_once(make_query(NAME), setup.now), bytes)
+        assert isinstance(setup.service.at_once(make_query(NAME), setup.now, everybody), bytes)
         assert setup.counters["cache_hits"] == 1
 
     run(main())
@@ -407,10 +408,10 @@ def test_close_ends_what_is_under_way() -> None:
     async def main() -> None:
         setup = Setup()
         setup.names.gate = asyncio.Event()
-        query = setup.service.at_once(make_query("www.example.test"), 0.0)
+        query = setup.service.at_once(make_query("www.example.test"), 0.0, everybody)
         assert isinstance(query, Query)
         answers: list[bytes] = []
-        setup.service.begin(query, answers.append, over_tcp=False)
+        setup.service.begin(query, everybody, answers.append, over_tcp=False)
         await wait_until(lambda: bool(setup.names.asked))
         setup.service.close()
         await wait_until(lambda: setup.counters["in_flight_now"] == 0)

@@ -18,6 +18,7 @@ from dns_fakes import (
     make_query,
     read_frame,
     run,
+    unchecked,
     wait_until,
 )
 from dnslib import DNSRecord
@@ -50,8 +51,8 @@ class Front:
         listener.setblocking(False)
         self.udp: int = datagrams.getsockname()[1]
         self.tcp: int = listener.getsockname()[1]
-        self.udp_server = UdpServer(datagrams, self.service, tally)
-        self.tcp_server = TcpServer(listener, self.service, tally, tcp_limits)
+        self.udp_server = UdpServer(datagrams, self.service, unchecked(tally), tally)
+        self.tcp_server = TcpServer(listener, self.service, unchecked(tally), tally, tcp_limits)
 
 
 @contextlib.asynccontextmanager
@@ -423,7 +424,11 @@ def test_no_query_is_lost_while_one_server_follows_the_other() -> None:
             tcp = socket.socket(fileno=front.tcp_server._socket.dup().detach())
             tally = Tally({})
             service = DnsService(make_network(), 10, front.names, front.upstreams, tally)
-            successor = UdpServer(udp, service, tally), TcpServer(tcp, service, tally)
+            askers = unchecked(tally)
+            successor = (
+                UdpServer(udp, service, askers, tally),
+                TcpServer(tcp, service, askers, tally),
+            )
             stopping, answered = asyncio.Event(), 0
 
             async def ask(number: int) -> None:

@@ -1,6 +1,7 @@
 """The whole worker in this process: real sockets, the channel and the bus played by the test."""
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -23,20 +24,24 @@ from dnslib import DNSRecord
 
 from ipc.addresses import ipv6_twin
 from ipc.messages import (
+    Access,
     AddressResolved,
     AnyMessage,
     BusKeys,
     Common,
     ConfigureDns,
+    HttpRules,
     NameOutcome,
     NameResolved,
     NamesChanged,
     NetworkChanged,
     ResolveAddress,
     ResolveName,
+    SecurityChanged,
     Upstream,
     UpstreamChanged,
 )
+from ipc.socket_owner import SocketDiag
 from workers.dns import worker
 from workers.runtime import Runtime
 
@@ -88,6 +93,7 @@ class FakeRuntime:
             network=make_network(),
             upstream=upstream,
             ttl_seconds=10,
+            access=Access(uids=[os.geteuid()]),
         )
         datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         datagrams.bind(("127.0.0.1", 0))
@@ -96,7 +102,7 @@ class FakeRuntime:
         self.tcp: int = listener.getsockname()[1]
         for sock in (datagrams, listener):
             sock.setblocking(False)
-        self.descriptors = [datagrams.detach(), listener.detach()]
+        self.descriptors = [datagrams.detach(), listener.detach(), SocketDiag.open().detach()]
         self.counters: dict[str, int] = {}
         self.stopping = asyncio.Event()
         self.draining = asyncio.Event()
@@ -133,6 +139,10 @@ class FakeRuntime:
         return self.buses[slot]
 
 
+def rcode(answer: bytes) -> int:
+    return int(DNSRecord.parse(answer).header.rcode)
+
+
 def test_worker_serves_follows_changes_and_stops() -> None:
     async def main() -> None:
         async with FakeServer(lambda data, _: [forwarded_answer(data)]) as fake:
@@ -157,6 +167,17 @@ def test_worker_serves_follows_changes_and_stops() -> None:
                 asked.append(sum(len(bus.received) for bus in runtime.buses.values()))
                 runtime.on_message(NamesChanged(), [])
             assert [count - asked[0] for count in asked] == [0, 0, 1]
+
+            # Who may not connect any more is told nothing, over a connection that is open neither.
+            runtime.on_message(SecurityChanged(access=Access(uids=[]), http=HttpRules()), [])
+            assert rcode(await ask_udp(runtime.udp, make_query(NAME, "AAAA"))) == 5
+            writer.write(frame(make_query(NAME)))
+            assert rcode(await read_frame(reader)) == 5
+            assert await ask_udp(runtime.udp, foreign) == forwarded_answer(foreign)
+            assert runtime.counters["refused_users"] == 2
+            everybody = Access(uids=[], is_checked=False)
+            runtime.on_message(SecurityChanged(access=everybody, http=HttpRules()), [])
+            assert rcode(await ask_udp(runtime.udp, make_query(NAME, "AAAA"))) == 0
 
             runtime.on_message(UpstreamChanged(upstream=[]), [])
             answer = DNSRecord.parse(await ask_udp(runtime.udp, foreign))

@@ -3,6 +3,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tun_bed import DNS_IPV4, NETWORK, PREFIX, TUN_IPV4, TUN_IPV6
 from tun_packets import (
     ACK,
@@ -204,6 +205,47 @@ def test_packet_from_the_inner_namespace_passes_or_is_dropped_for_a_reason(name)
     packet = parse_packet(data)
     assert isinstance(packet, Packet)
     assert PERIMETER.check_from_inner(packet) is reason
+
+
+CONTAINER, CONTAINER6 = b"\xac\x1e\0\x09", b"\xfd\x12" + bytes(13) + b"\x09"
+FORWARDING = Perimeter(
+    replace(
+        NETWORK, forwarded_from=["172.30.0.0/24", "fd12::/64", "100.64.7.0/24", "100.64.0.1/32"]
+    ),
+    2,
+)
+FORWARDED = {
+    "from a container": (CONTAINER, APP_IPV4, None),
+    "from a container, ipv6": (CONTAINER6, APP_IPV6, None),
+    "to the dns server": (CONTAINER, DNS_IPV4, None),
+    "from the host still": (TUN_IPV4, APP_IPV4, None),
+    "from beside the network": (b"\xac\x1e\1\x09", APP_IPV4, Drop.FOREIGN_SOURCE),
+    "ipv6 from beside the network": (
+        CONTAINER6[:7] + b"\1" + CONTAINER6[8:],
+        APP_IPV6,
+        Drop.FOREIGN_SOURCE,
+    ),
+    "to elsewhere": (CONTAINER, b"\x08\x08\x08\x08", Drop.FOREIGN_DESTINATION),
+    # However it came into the list: nobody but VNet has these addresses.
+    "from a virtual address": (b"\x64\x40\7\1", APP_IPV4, Drop.FOREIGN_SOURCE),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDED)
+def test_packets_of_forwarded_networks_cross_both_ways(name):
+    source, destination, reason = FORWARDED[name]
+    build = ipv4 if len(source) == 4 else ipv6
+    there = parse_packet(build(source, destination, tcp_segment(SYN)))
+    back = parse_packet(build(destination, source, tcp_segment(SYN_ACK)))
+    assert isinstance(there, Packet)
+    assert isinstance(back, Packet)
+    assert FORWARDING.check_from_outer(there) is reason
+    if reason is not Drop.FOREIGN_DESTINATION:
+        opposite = Drop.FOREIGN_DESTINATION if reason is Drop.FOREIGN_SOURCE else None
+        assert FORWARDING.check_from_inner(back) is opposite
+        attempt = parse_packet(build(destination, source, tcp_segment(SYN)))
+        assert isinstance(attempt, Packet)
+        assert FORWARDING.check_from_inner(attempt) is (opposite or Drop.INNER_SYN)
 
 
 def test_only_connection_attempts_to_names_are_gated():

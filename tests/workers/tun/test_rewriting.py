@@ -361,7 +361,8 @@ def test_errors_are_limited_and_later_fragments_cause_none(bed):
 @pytest.mark.parametrize(
     ("packet", "counter"),
     [
-        (ipv4(b"\xc0\0\2\1", APP, tcp_segment()), "dropped_foreign_source"),
+        (ipv4(b"\xc0\0\2\1", APP, b"x" * 40, protocol=132), "dropped_foreign_source"),
+        (ipv4(b"\xc0\0\2\1", b"\xc0\0\2\2", tcp_segment()), "dropped_foreign_source"),
         (ipv4(TUN_IPV4, b"\xc0\0\2\1", tcp_segment()), "dropped_foreign_destination"),
         (ipv4(TUN_IPV4, TUN_IPV4, tcp_segment()), "dropped_foreign_destination"),
         (ipv4(TUN_IPV4, b"\xe0\0\0\1", b"", protocol=2), "dropped_noise"),
@@ -374,6 +375,15 @@ def test_errors_are_limited_and_later_fragments_cause_none(bed):
 def test_what_is_not_for_vnet_gets_no_answer(bed, packet, counter):
     assert bed.inspect(packet) is None
     assert bed.counters[counter] == 1
+
+
+def test_what_comes_from_elsewhere_is_refused(bed):
+    source = b"\xc0\0\2\1"
+    reset = bed.inspect(ipv4(source, APP, tcp_segment(SYN)))
+    assert reset[12:20] == APP + source
+    assert reset[33] & RST
+    assert bed.counters["turned_away"] == bed.counters["dropped_foreign_source"] == 1
+    assert not bed.doorkeeper.syns
 
 
 @given(st.sampled_from([UDP, ICMP]), st.binary(max_size=9), st.sampled_from([0, 0x2000, 1]))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import os
 import socket
@@ -184,21 +185,31 @@ def test_largest_datagram_crosses_and_comes_back(family):
 
 
 @needs_tun
-def test_program_that_binds_another_address_of_the_host_gets_nowhere():
+@both_families
+def test_program_that_binds_another_address_of_the_host_is_refused(family):
+    other = {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1"}[family]
+
+    def attempt(kind, address, port):
+        with socket.socket(FAMILY[family], kind) as program:
+            program.settimeout(5)
+            program.bind((other, 0))
+            program.connect((address, port))
+            program.send(b"question")
+            program.recv(1)
+
     async def story(bed, bus, runtime):
-        subprocess.run(
-            ["ip", "-n", bed.host, "addr", "add", "192.0.2.1/32", "dev", "lo"], check=True
-        )
-
-        def attempt():
-            with socket.socket() as program:
-                program.settimeout(0.2)
-                program.bind(("192.0.2.1", 0))
-                program.connect((APPS["ipv4"], 443))
-
-        with pytest.raises(TimeoutError):
-            await asyncio.to_thread(bed.in_host, attempt)
-        assert runtime.counters["dropped_foreign_source"] >= 1
+        # Without the search for duplicates (RFC 4862 section 5.4) the address is of use at once.
+        added = [f"{other}/32"] if family == "ipv4" else [f"{other}/128", "nodad"]
+        subprocess.run(["ip", "-n", bed.host, "addr", "add", *added, "dev", "lo"], check=True)
+        for kind, address, port in (
+            (socket.SOCK_STREAM, APPS[family], 443),
+            (socket.SOCK_DGRAM, DNS[family], 53),
+        ):
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.to_thread(
+                    bed.in_host, functools.partial(attempt, kind, address, port)
+                )
+        assert runtime.counters["turned_away"] >= 2
         assert bus.asked == []
 
     run(story)

@@ -17,8 +17,10 @@ from ipc.bus import Sender
 from ipc.messages import DialVerdict, NetworkChanged, Refusal
 from ipc.probe_ports import probe_port
 from workers.tun import doorkeeper
+from workers.tun.icmp import ERRORS_AT_ONCE
 from workers.tun.packet import parse_packet
 from workers.tun.pump import Device, Direction
+from workers.tun.uninvited import Uninvited
 
 APP = b"\x64\x40\0\x09"
 APP_IPV6 = PREFIX[:8] + bytes(4) + APP
@@ -351,6 +353,96 @@ def test_dropped_packets_are_counted_by_reason():
             await until(lambda name=name, before=before: runtime.counters[name] == before + 1)
         wire.host.send(DATA_PACKET)
         assert await receive(wire.inner) == DATA_PACKET
+
+    run(story)
+
+
+ELSEWHERE, ELSEWHERE6 = b"\xc0\0\2\1", b"\x20\1\x0d\xb8" + bytes(11) + b"\1"
+UNINVITED = {
+    "attempt": (ipv4(ELSEWHERE, APP, tcp_segment(SYN)), RST | ACK),
+    "attempt to the dns server": (ipv4(ELSEWHERE, DNS_IPV4, tcp_segment(SYN)), RST | ACK),
+    "open connection": (ipv4(ELSEWHERE, APP, tcp_segment(ACK)), RST),
+    "ipv6": (ipv6(ELSEWHERE6, APP_IPV6, tcp_segment(SYN)), RST | ACK),
+}
+
+
+@pytest.mark.parametrize("name", UNINVITED)
+def test_connection_from_elsewhere_is_reset(name):
+    data, flags = UNINVITED[name]
+
+    async def story(wire, bus, runtime):
+        wire.host.send(data)
+        packet, asked = parse_packet(await receive(wire.host)), parse_packet(data)
+        assert (packet.source, packet.destination) == (asked.destination, asked.source)
+        assert (packet.tcp.source_port, packet.tcp.destination_port) == (443, 40000)
+        assert packet.tcp.flags == flags
+        assert bus.asked == []
+        assert runtime.counters["turned_away"] == runtime.counters["dropped_foreign_source"] == 1
+
+    run(story)
+
+
+QUESTION = ipv4(ELSEWHERE, DNS_IPV4, b"\x9c\x40\0\x35\0\x0c\0\0what", protocol=17)
+
+
+def test_question_from_elsewhere_is_refused():
+    async def story(wire, bus, runtime):
+        wire.host.send(QUESTION)
+        error = await receive(wire.host)
+        assert (error[12:20], error[9], error[20:22]) == (DNS_IPV4 + ELSEWHERE, 1, b"\3\3")
+        assert error[28:] == QUESTION
+
+    run(story)
+
+
+def test_errors_for_questions_from_elsewhere_are_limited_and_resets_are_not():
+    counters = {}
+    uninvited = Uninvited(counters, lambda: 1000.0)
+    question, attempt = parse_packet(QUESTION), parse_packet(UNINVITED["attempt"][0])
+    answered = [uninvited.answer(QUESTION, question) is not None for _ in range(200)]
+    assert sum(answered) == ERRORS_AT_ONCE
+    for _ in range(200):
+        assert uninvited.answer(UNINVITED["attempt"][0], attempt) is not None
+    assert counters["turned_away"] == ERRORS_AT_ONCE + 200
+
+
+NOT_ANSWERED = {
+    "a reset": ipv4(ELSEWHERE, APP, tcp_segment(RST)),
+    "to elsewhere": ipv4(ELSEWHERE, ELSEWHERE, tcp_segment(SYN)),
+    "from a virtual address": ipv4(APP, APP, tcp_segment(SYN)),
+    "a fragment": ipv4(ELSEWHERE, APP, tcp_segment(SYN), fragment=0x2000),
+    "source routed": ipv4(ELSEWHERE, APP, tcp_segment(SYN), options=b"\x83\7\4\x7f\0\0\1\0"),
+    "an echo request": ipv4(ELSEWHERE, APP, b"\x08\0\0\0\0\0\0\0", protocol=1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ANSWERED)
+def test_what_else_comes_from_elsewhere_is_dropped(name):
+    async def story(wire, bus, runtime):
+        wire.host.send(NOT_ANSWERED[name])
+        await until(lambda: runtime.counters["dropped_foreign_source"] == 1)
+        assert runtime.counters["turned_away"] == runtime.counters["packets_to_outer"] == 0
+
+    run(story)
+
+
+def test_forwarded_networks_follow_the_supervisor():
+    listed = NetworkChanged(network=replace(NETWORK, forwarded_from=["192.0.2.0/24"]))
+    data = ipv4(ELSEWHERE, APP, tcp_segment(ACK, payload=b"data"))
+    answer = ipv4(APP, ELSEWHERE, tcp_segment(ACK))
+
+    async def story(wire, bus, runtime):
+        runtime.on_message(listed, [])
+        for _ in range(2):  # the second without being parsed
+            wire.host.send(data)
+            assert await receive(wire.inner) == data
+            wire.inner.send(answer)
+            assert await receive(wire.host) == answer
+        runtime.on_message(NetworkChanged(network=NETWORK), [])
+        wire.inner.send(answer)
+        wire.host.send(data)
+        assert parse_packet(await receive(wire.host)).tcp.flags == RST
+        await until(lambda: runtime.counters["dropped_foreign_destination"] == 1)
 
     run(story)
 

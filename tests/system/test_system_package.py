@@ -61,6 +61,9 @@ def test_the_package_has_what_it_promises_and_nothing_compiles_later(contents):
         "/usr/share/man/man5/vnet.toml.5.gz",
         "/usr/share/man/man8/vnet-supervisor.8.gz",
         "/usr/share/doc/vnet/copyright",
+        "/usr/share/doc/vnet/metrics.md",
+        "/usr/share/doc/vnet/examples/grafana/vnet.json",
+        "/usr/share/doc/vnet/examples/prometheus/vnet.rules.yml",
         "/etc/vnet/vnet.toml",
     ):
         assert wanted in paths

@@ -81,6 +81,11 @@ class PromptServer:
             self._accepted, sock=end, limit=p.MAX_LINE_BYTES
         )
 
+    @property
+    def waiting(self) -> int:
+        """How many questions are open."""
+        return len(self._prompts)
+
     def step_aside(self) -> None:
         """Leaves the place of the socket to a successor, and goes on at one beside it."""
         if self._server is None:

@@ -27,6 +27,7 @@ from workers.proxy.teleport.errors import (
     TeleportError,
     UnreachableError,
 )
+from workers.proxy.teleport.issue_tally import IssueTally
 from workers.proxy.teleport.pb import auth_pb2, mfa_pb2
 from workers.proxy.teleport.sso_callback import Callbacks
 
@@ -177,6 +178,25 @@ def test_a_failed_request_is_tried_again_by_the_next_connection(certificates):
             await get(store, api)
         api.error = None
         await get(store, api)
+
+    asyncio.run(run())
+
+
+def test_each_request_is_counted_once_however_many_wait_for_it(certificates):
+    async def run():
+        api, tally = FakeApi(), IssueTally()
+        store = certificates(api, tally=tally)
+        await asyncio.gather(*(get(store, api) for _ in range(3)))
+        await get(store, api)  # kept
+        await get_database(store, api)
+        api.error = RefusedError("no role")
+        with pytest.raises(RefusedError):
+            await get(store, api, 8000)
+        assert tally.counters == {
+            "certificates_app_issued": 1,
+            "certificates_database_issued": 1,
+            "certificates_app_failed": 1,
+        }
 
     asyncio.run(run())
 

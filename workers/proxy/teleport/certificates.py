@@ -33,6 +33,7 @@ from workers.proxy.teleport.errors import (
 )
 from workers.proxy.teleport.home import Login
 from workers.proxy.teleport.identity import Identity, IdentityError, read_identity
+from workers.proxy.teleport.issue_tally import IssueTally
 from workers.proxy.teleport.mfa import Prompter
 from workers.proxy.teleport.names import APP_ALPN, DATABASE_ALPN
 from workers.proxy.teleport.pb import auth_pb2
@@ -241,6 +242,7 @@ class Certificates:
         max_kept: int = 256,
         prompt_seconds: float = PROMPT_SECONDS,
         callbacks: Callbacks | None = None,
+        tally: IssueTally | None = None,
     ) -> None:
         assert login.profile is not None
         assert login.credentials is not None
@@ -253,6 +255,7 @@ class Certificates:
         self._second_factor = SecondFactor(
             login, root, prompter, prompt_seconds=prompt_seconds, callbacks=callbacks
         )
+        self._tally = tally or IssueTally()
         self._max_kept = max_kept
         self._kept = OrderedDict[_Key, Certificate]()
         self._flight = SingleFlight[_Key, Certificate]()
@@ -287,7 +290,8 @@ class Certificates:
         key = _key(subject, leaf)
 
         async def issue() -> Certificate:
-            certificate = await self._issue(subject, cluster=cluster, leaf=leaf, owner=owner)
+            with self._tally.counting("app" if isinstance(subject, AppSubject) else "database"):
+                certificate = await self._issue(subject, cluster=cluster, leaf=leaf, owner=owner)
             self._keep(key, certificate)
             return certificate
 

@@ -28,6 +28,7 @@ from workers.proxy.teleport.databases import Database
 from workers.proxy.teleport.errors import PortNotAllowedError, UnknownAppError, safe_text
 from workers.proxy.teleport.home import Fingerprint, Home, fingerprint, read_home
 from workers.proxy.teleport.home_watch import POLL_SECONDS, HomeWatch
+from workers.proxy.teleport.issue_tally import IssueTally
 from workers.proxy.teleport.member import Member
 from workers.proxy.teleport.mfa import Prompter
 from workers.proxy.teleport.names import normalise
@@ -67,6 +68,7 @@ def default_settings(
     environment: Mapping[str, str] | None = None,
     prompter: Prompter | None = None,
     prompt_seconds: float = PROMPT_SECONDS,
+    tally: IssueTally | None = None,
 ) -> Settings:
     """Settings for the real world. `environment` names forward proxies; see `Settings`."""
     environment = dict(environment or {})
@@ -79,6 +81,7 @@ def default_settings(
         environment=environment,
         prompter=prompter,
         prompt_seconds=prompt_seconds,
+        tally=tally or IssueTally(),
     )
 
 
@@ -108,7 +111,7 @@ class Teleport:
         self._settings = settings
         self._poll_seconds = poll_seconds
         self._watch = HomeWatch(home, poll_seconds=poll_seconds)
-        self._home = Home((), f"{home} has not been read yet")
+        self._home = Home((), f"{home} has not been read yet: wait")
         self._stamp: Fingerprint | None = None
         # What a home looked like that may be half written, and since when.
         self._half_written: tuple[Fingerprint, float] | None = None

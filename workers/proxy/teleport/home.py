@@ -93,8 +93,13 @@ def read_home(directory: Path) -> Home:
         return Home((), f"no profile in {directory}: run tsh login --proxy=<address>")
     logins = tuple(_read_login(directory, name) for name in names[:MAX_PROFILES])
     excess = len(names) - MAX_PROFILES
-    problem = f"{directory} has {excess} profiles too many, they are ignored" if excess > 0 else ""
-    return Home(logins, problem)
+    if excess <= 0:
+        return Home(logins, "")
+    return Home(
+        logins,
+        f"{directory} has {excess} profiles too many, they are ignored: run tsh logout"
+        " --proxy=<address> for those that you do not need",
+    )
 
 
 def fingerprint(directory: Path) -> Fingerprint:

@@ -293,6 +293,7 @@ class Session:
                 callbacks=settings.callbacks,
                 ca_file=settings.ca_file,
                 insecure=settings.insecure,
+                tally=settings.tally,
             )
         return self._certificates
 
@@ -365,6 +366,7 @@ class Session:
                 second_factor,
                 clock=settings.clock,
                 wall_clock=settings.wall_clock,
+                tally=settings.tally,
             )
         return self._ssh
 

@@ -11,6 +11,7 @@ from workers.proxy.teleport.cluster import CONFIG_TTL_SECONDS
 from workers.proxy.teleport.consulting import GRACE_SECONDS, REMOTE_SECONDS
 from workers.proxy.teleport.home import Login
 from workers.proxy.teleport.host_addresses import LookUp, look_up
+from workers.proxy.teleport.issue_tally import IssueTally
 from workers.proxy.teleport.leaves import LIST_TTL_SECONDS
 from workers.proxy.teleport.mfa import Prompter
 from workers.proxy.teleport.second_factor import PROMPT_SECONDS
@@ -31,7 +32,7 @@ class Settings:
     `connect` makes the client of a cluster's auth service, without I/O: (login, cluster, its host
     authorities or None for those of the login). `environment` names forward proxies. Without a
     `prompter` there are no second factors; `callbacks` is where browsers come back to from single
-    sign-on.
+    sign-on; `tally` counts certificates.
     """
 
     connect: Connect
@@ -43,6 +44,7 @@ class Settings:
     prompter: Prompter | None = None
     prompt_seconds: float = PROMPT_SECONDS
     callbacks: Callbacks = field(default_factory=Callbacks)
+    tally: IssueTally = field(default_factory=IssueTally)
     look_up: LookUp = look_up
     config_seconds: float = CONFIG_TTL_SECONDS
     leaves_seconds: float = LIST_TTL_SECONDS

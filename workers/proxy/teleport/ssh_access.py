@@ -32,6 +32,7 @@ from workers.proxy.teleport.errors import (
 )
 from workers.proxy.teleport.home import Login
 from workers.proxy.teleport.identity import Identity
+from workers.proxy.teleport.issue_tally import IssueTally
 from workers.proxy.teleport.pb import auth_pb2
 from workers.proxy.teleport.remembered import Remembered
 from workers.proxy.teleport.second_factor import Purpose, SecondFactor
@@ -106,6 +107,7 @@ class SshAccess:
         *,
         clock: Callable[[], float],
         wall_clock: Callable[[], datetime],
+        tally: IssueTally | None = None,
     ) -> None:
         assert login.profile is not None
         assert login.credentials is not None
@@ -116,6 +118,7 @@ class SshAccess:
         self._second_factor = second_factor
         self._clock = clock
         self._wall_clock = wall_clock
+        self._tally = tally or IssueTally()
         self._required = OrderedDict[SshLogin, tuple[bool, float]]()
         self._asking = SingleFlight[SshLogin, bool]()
         self._authorities = Remembered[str, tuple[bytes, ...]](
@@ -145,7 +148,8 @@ class SshAccess:
         if isinstance(authorities, BaseException):
             raise authorities
         if is_required:
-            certificate = await self._certify(login, key)
+            with self._tally.counting("ssh"):
+                certificate = await self._certify(login, key)
         else:
             certificate = await self._from_home(login, key)
         return SshCredentials(

@@ -1,0 +1,1 @@
+"""Serves what the supervisor says of VNet as Prometheus metrics."""

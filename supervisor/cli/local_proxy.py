@@ -7,8 +7,11 @@ import resource
 import signal
 import sys
 
+from ipc import prompts as p
+from supervisor.cli.progress import Progress
 from supervisor.cli.teleport_access import Access, CommandError, run
-from supervisor.cli.terminal_prompts import TerminalPrompts
+from supervisor.cli.terminal_prompts import Renew, TerminalPrompts
+from supervisor.cli.text import printable
 from supervisor.exits import ExitStatus
 
 # Two for each of a thousand connections, and some.
@@ -16,7 +19,13 @@ _DESCRIPTORS = 4096
 
 
 def serve(
-    access: Access, name: str, *, local_port: int | None, target_port: int | None, cluster: str
+    access: Access,
+    name: str,
+    *,
+    local_port: int | None,
+    target_port: int | None,
+    cluster: str,
+    any_host: bool,
 ) -> None:
     """Prints the local address when the app can be reached there; returns after Ctrl-C.
 
@@ -38,16 +47,36 @@ def serve(
         raise _cannot_listen(local_port, error) from error
     where = f"{local_proxy.HOST}:{listener.getsockname()[1]}"
     wish = local_session.Wish(
-        name=name, cluster=cluster, target_port=target_port, local_port=local_port
+        name=name,
+        cluster=cluster,
+        target_port=target_port,
+        local_port=local_port,
+        any_host=any_host,
     )
     _allow_descriptors()
 
+    progress = Progress(f"looking for {printable(name)}")
+
+    def tell(text: str) -> None:
+        progress.hide()
+        _tell(text)
+
+    def is_ready(address: str) -> None:
+        progress.end()
+        print(f"{where} -> {address}", flush=True)
+
     async def main() -> None:
+        prompts = TerminalPrompts()
+
+        async def ask(opened: p.PromptOpened, renew: Renew) -> p.Answer | p.Decline:
+            progress.end()
+            return await prompts.ask(opened, renew)
+
         settings = default_settings(
             ca_file=access.ca_file,
             insecure=access.insecure,
             environment=os.environ,
-            prompter=TerminalPrompter(TerminalPrompts().ask),
+            prompter=TerminalPrompter(ask),
         )
         try:
             await local_session.serve_by_name(
@@ -55,14 +84,14 @@ def serve(
                 settings,
                 wish,
                 listener,
-                ready=lambda address: print(f"{where} -> {address}", flush=True),
-                tell=_tell,
+                ready=is_ready,
+                tell=tell,
             )
         except (NotFoundByNameError, NoSuchClusterError, local_proxy.PortError) as error:
             raise CommandError(ExitStatus.USAGE, str(error)) from error
         except NotAskedError as error:
             for problem in error.problems:
-                _tell(str(problem))
+                tell(str(problem))
             raise CommandError(ExitStatus.DEGRADED, str(error)) from error
         except ProxyUntrustedError as error:
             text = f"{error}: name its authority as ca_file under [teleport] of the configuration"
@@ -78,7 +107,8 @@ def serve(
         if not serving.cancelled():
             serving.result()
 
-    run(until_stopped)
+    with progress:
+        run(until_stopped)
 
 
 def _tell(text: str) -> None:

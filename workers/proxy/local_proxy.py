@@ -3,7 +3,8 @@
     program --TCP--> 127.0.0.1:PORT    accepted at once; then as in VNet: certificate, dial, relay
 
 A connection cannot be held back here until the dial is done, so one that fails is reset, and `tell`
-gets the reason.
+gets the reason. So is one of another user. HTTP requests have to name the app or this machine, as
+`workers.proxy.http_guard` says.
 """
 
 import asyncio
@@ -15,8 +16,13 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from ipc.messages import HttpRules
 from workers.proxy import dial
 from workers.proxy.dial_plan import DialPlan, TlsPlan
+from workers.proxy.guarded_relay import GuardedRelay
+from workers.proxy.http_guard.guard import Guard
+from workers.proxy.http_guard.rules import Rules, rules_for
+from workers.proxy.local_peers import LocalPeers
 from workers.proxy.proxy_addresses import ProxyAddresses
 from workers.proxy.reactor import Reactor
 from workers.proxy.refusal_log import RefusalLog
@@ -97,8 +103,13 @@ def listen(port: int) -> socket.socket:
     return listener
 
 
+def http_rules(address: str) -> Rules | None:
+    """What HTTP requests to a local port have to name: the app's address, or this machine. Pure."""
+    return rules_for(address, HttpRules(hosts={address: ["localhost", HOST]}))
+
+
 class LocalProxy:
-    """Serves one listening socket; owns it."""
+    """Serves one listening socket; owns it, and `peers`."""
 
     def __init__(
         self,
@@ -106,12 +117,19 @@ class LocalProxy:
         plan: Callable[[], Awaitable[DialPlan]],
         tell: Callable[[str], None],
         *,
+        peers: LocalPeers,
+        rules: Rules | None = None,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        """`plan` is asked for each connection and raises TeleportError; `tell` takes a sentence."""
+        """`plan` is asked for each connection and raises TeleportError; `tell` takes a sentence.
+
+        Without `rules` HTTP requests pass like everything else.
+        """
         self._listener = listener
         self._plan = plan
         self._tell = tell
+        self._peers = peers
+        self._rules = rules
         self._max_connections = max_connections
         self._loop = asyncio.get_running_loop()
         self._reactor = Reactor(self._loop)
@@ -164,6 +182,7 @@ class LocalProxy:
         await asyncio.gather(*tasks, return_exceptions=True)
         self.reset_all()
         self._listener.close()
+        self._peers.close()
         self._reactor.close()
 
     def reset_all(self) -> None:
@@ -174,6 +193,9 @@ class LocalProxy:
     def _accepted(self, connection: socket.socket) -> None:
         if len(self) >= self._max_connections:
             self._refuse(connection, f"{self._max_connections} connections are open already")
+            return
+        if problem := self._peers.problem(connection):
+            self._refuse(connection, problem)
             return
         task = self._loop.create_task(self._carry(connection))
         self._dialling.add(task)
@@ -195,7 +217,15 @@ class LocalProxy:
             self._join(connection, upstream)
 
     def _join(self, connection: socket.socket, upstream: Upstream) -> None:
-        relay = Relay(self._reactor, connection, upstream, lambda end: self._ended(relay, end))
+        def on_end(outcome: RelayOutcome) -> None:
+            self._ended(relay, outcome)
+
+        relay: Relay
+        if self._rules is None:
+            relay = Relay(self._reactor, connection, upstream, on_end)
+        else:
+            guard = Guard(self._rules)
+            relay = GuardedRelay(self._reactor, connection, upstream, on_end, guard)
         self._relays.add(relay)
         relay.start()
         if relay.is_over:
@@ -205,6 +235,10 @@ class LocalProxy:
         self._relays.discard(relay)
         if outcome.end is RelayEnd.BROKEN:
             self._note(f"a connection broke: {outcome.error}")
+        elif outcome.end is RelayEnd.HTTP_REFUSED:
+            self._note(
+                f"an HTTP request was refused: {outcome.error}; --any-host lets all requests pass"
+            )
         elif outcome.end in {RelayEnd.APP_CLOSED, RelayEnd.APP_RESET} and not outcome.bytes_down:
             # A cluster cannot say why it does not carry a connection.
             self._note(

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from workers.proxy.dial_plan import DialPlan
 from workers.proxy.find_by_name import Found, find_by_name
-from workers.proxy.local_proxy import LocalProxy, choose_port
+from workers.proxy.local_peers import make_local_peers
+from workers.proxy.local_proxy import LocalProxy, choose_port, http_rules
 from workers.proxy.teleport.client import Teleport
 from workers.proxy.teleport.contexts import upgrade_context
 from workers.proxy.teleport.settings import Settings
-from workers.proxy.teleport.targets import Owner
+from workers.proxy.teleport.targets import AppTarget, Owner
 
 # The root has just been asked for its leaves; the client asks once more.
 LEAVES_SECONDS = 10.0
@@ -20,12 +21,16 @@ LEAVES_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What the user wants. `cluster` is empty and the ports are None if not said."""
+    """What the user wants. `cluster` is empty and the ports are None if not said.
+
+    With `any_host` HTTP requests are not looked at.
+    """
 
     name: str
     cluster: str = ""
     target_port: int | None = None
     local_port: int | None = None
+    any_host: bool = False
 
 
 async def serve_by_name(
@@ -63,7 +68,12 @@ async def serve_by_name(
     async def plan() -> DialPlan:
         return await teleport.plan(found.target, port)
 
-    proxy = LocalProxy(listener, plan, tell)
+    peers = make_local_peers()
+    if not peers.is_checked:
+        tell("this system does not say who connects: every user of this machine may use this port")
+    is_looked_at = isinstance(found.target, AppTarget) and not wish.any_host
+    rules = http_rules(found.address) if is_looked_at else None
+    proxy = LocalProxy(listener, plan, tell, peers=peers, rules=rules)
 
     def on_owner_gone(owner: Owner) -> None:
         if owner.profile == found.target.profile:

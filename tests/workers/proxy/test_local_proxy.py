@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import errno
+import os
+import re
 import socket
 import struct
 
@@ -14,9 +16,11 @@ from demo.cluster.config import App, Cluster, ClusterFile, Database, PortRange, 
 from demo.cluster.server import EmbeddedCluster
 from demo.cluster.totp import totp_code
 from ipc.prompts import Answer, Decline
+from ipc.socket_owner import UNKNOWN, Owner
 from workers.proxy import local_proxy
 from workers.proxy.dial_errors import ProxyUntrustedError
 from workers.proxy.find_by_name import NotFoundByNameError
+from workers.proxy.local_peers import LocalPeers, make_local_peers
 from workers.proxy.local_proxy import LocalProxy, PortError, choose_port
 from workers.proxy.local_session import Wish, serve_by_name
 from workers.proxy.teleport.apps import App as TeleportApp
@@ -321,6 +325,7 @@ def test_what_is_wrong_is_found_at_the_start(tmp_path):
 @contextlib.asynccontextmanager
 async def plain_proxy(plan, **changes):
     told = []
+    changes.setdefault("peers", make_local_peers())
     proxy = LocalProxy(listener := local_proxy.listen(0), plan, told.append, **changes)
     serving = asyncio.create_task(proxy.serve())
     try:
@@ -329,6 +334,100 @@ async def plain_proxy(plan, **changes):
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         await proxy.close()
+
+
+# -- who may connect, and what HTTP requests pass --
+
+OTHER_USER = 64999
+TALK = (
+    'exec 3<>"/dev/tcp/127.0.0.1/$1" && echo hello >&3 && read -r -t 5 line <&3; echo "got $line"'
+)
+
+
+@pytest.mark.root
+def test_only_the_user_and_root_may_connect(tmp_path):
+    async def talk(port, *before):
+        talking = await asyncio.create_subprocess_exec(
+            *before, "bash", "-c", TALK, "bash", str(port), stdout=asyncio.subprocess.PIPE
+        )
+        return (await asyncio.wait_for(talking.communicate(), 20))[0].strip()
+
+    async def scenario(cluster):
+        async with served(cluster, tmp_path, "echo") as proxy:
+            assert await talk(proxy.port) == b"got hello"
+            other = f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"
+            assert await talk(proxy.port, "setpriv", *other) == b"got"
+            assert f"uid {OTHER_USER}, and only you and root may connect" in proxy.told[0]
+
+    run_with_cluster(tmp_path, scenario)
+
+
+class Kernel:
+    """Says the same of every socket."""
+
+    interface = 0
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def tcp_owner(self, *_ends):
+        if isinstance(self.answer, OSError):
+            raise self.answer
+        return self.answer
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (Owner(os.getuid(), 7, 1), ""),
+        (Owner(0, 7, 1), ""),
+        (Owner(4711, 7, 1), "uid 4711"),
+        (Owner(UNKNOWN, 0, 1), "gone"),
+        (None, "gone"),
+        (OSError(errno.ENOENT, "no such module"), "does not say .*no such module"),
+    ],
+)
+def test_what_is_not_known_to_be_the_users_is_refused(answer, problem):
+    peers = LocalPeers(Kernel(answer))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        with client, accepted:
+            found = peers.problem(accepted)
+    assert re.search(problem, found) if problem else not found
+
+
+REQUEST = "GET / HTTP/1.1\r\nHost: {}\r\n{}\r\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "more", "wish", "passes"),
+    [
+        ("localhost:{port}", "", {}, True),
+        ("127.0.0.1:{port}", "", {}, True),
+        ("echo.localhost", "", {}, True),
+        ("localhost", "Origin: http://localhost:3000\r\n", {}, True),
+        ("evil.test", "", {}, False),
+        ("localhost", "Origin: http://evil.test\r\n", {}, False),
+        ("evil.test", "", {"any_host": True}, True),
+    ],
+)
+def test_pages_of_other_sites_do_not_reach_the_app(tmp_path, host, more, wish, passes):
+    async def scenario(cluster):
+        async with served(cluster, tmp_path, "echo", **wish) as proxy:
+            request = REQUEST.format(host.format(port=proxy.port), more).encode()
+            answer = await exchange(await proxy.connect(), request, size=12)
+            assert (
+                answer == request[:12] if passes else answer in (b"HTTP/1.1 421", b"HTTP/1.1 403")
+            )
+            if not passes:
+                await until(lambda: proxy.told)
+                assert "--any-host lets all requests pass" in proxy.told[0]
+
+    run_with_cluster(tmp_path, scenario)
 
 
 def test_more_connections_than_the_limit_are_reset():

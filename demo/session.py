@@ -40,6 +40,7 @@ from demo.private_network import (
     use_own_resolver,
 )
 from supervisor.cli.control_client import AskError, ask_status
+from supervisor.cli.progress import Progress
 from supervisor.config import parse
 from supervisor.control_messages import Status
 from supervisor.exits import MisconfiguredError
@@ -187,7 +188,8 @@ class _Demo:
         self._start_cluster()
         supervisor = self._start_supervisor()
         try:
-            dns_address = self._wait_until_healthy(supervisor)
+            with Progress("VNet starts"):
+                dns_address = self._wait_until_healthy(supervisor)
             resolv_conf.write_text(f"nameserver {dns_address}\n")
             if command:
                 return self._run_command(command)
@@ -225,7 +227,7 @@ class _Demo:
             self._serve_cluster(writer)
         os.close(writer)
         self.helpers.append(pid)
-        with os.fdopen(reader) as pipe:
+        with os.fdopen(reader) as pipe, Progress("the embedded cluster starts"):
             first_line = pipe.readline().strip()
         if first_line != "ready":
             raise DemoError(f"the embedded cluster does not start: {first_line or 'see above'}")

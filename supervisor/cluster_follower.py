@@ -1,6 +1,8 @@
 """Follows what the proxies say of the clusters: which zones are VNet's, which ranges are routed."""
 
+import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,6 +48,8 @@ class ClusterFollower:
         self._use_ranges = use_ranges
         self._forget_names = forget_names
         self._assemblies: dict[str, Assembly] = {}
+        # Since when (monotonic) a proxy asks a root cluster for the first time: by slot, profile, name.
+        self._asked_since: dict[tuple[str, str, str], float] = {}
 
     @property
     def is_quiet(self) -> bool:
@@ -56,11 +60,20 @@ class ClusterFollower:
     def report(self) -> ClusterView | None:
         """What the proxies that have spoken say of the clusters."""
         views = [self.reports[slot] for slot in sorted(self.reports)]
-        return clusters.combine(views) if views else None
+        if not views:
+            return None
+        return dataclasses.replace(clusters.combine(views), awaited=self._awaited())
+
+    def _awaited(self) -> tuple[str, ...]:
+        begun = time.monotonic() - clusters.FIRST_ANSWER_SECONDS
+        names = {name for (*_, name), since in self._asked_since.items() if since > begun}
+        return tuple(sorted(names))
 
     def adopt(self, reports: dict[str, ClusterView], known: list[m.Cluster]) -> None:
         """Goes on with what an earlier program of this process knew."""
         self.reports, self.known = reports, known
+        for slot in reports:
+            self._note_unasked(slot)
         self.follow()
 
     def hear(self, worker: Worker, message: m.ClustersReported) -> None:
@@ -77,6 +90,7 @@ class ClusterFollower:
         if before == view:
             return
         self.reports[worker.slot] = view
+        self._note_unasked(worker.slot)
         self.follow()
         # For each proxy: one that has not noticed yet may answer dns as before.
         if clusters.names_of(before) != clusters.names_of(view):
@@ -86,6 +100,15 @@ class ClusterFollower:
         """The process of this slot has ended."""
         self.reports.pop(slot, None)
         self._assemblies.pop(slot, None)
+        self._note_unasked(slot)
+
+    def _note_unasked(self, slot: str) -> None:
+        """Brings up to date which clusters the proxy of this slot asks for the first time."""
+        view, now = self.reports.get(slot), time.monotonic()
+        keys = [(slot, *cluster) for cluster in (clusters.unasked(view) if view else ())]
+        since = {key: self._asked_since.get(key, now) for key in keys}
+        others = {key: at for key, at in self._asked_since.items() if key[0] != slot}
+        self._asked_since = others | since
 
     def follow(self) -> None:
         """Decides anew which zones and ranges are in force: a report or the host has changed."""

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from ipc.messages import Cluster, ClusterState, Network
+from ipc.messages import MAX_SAFE_TEXT, Cluster, ClusterState, Network
 from supervisor.config import is_usable_range
 
 # RFC 1035 section 2.3.1 with underscores, which the DNS itself allows (RFC 2181 section 11).
@@ -29,6 +29,10 @@ _LOGGED_IN: Final = frozenset(
 )
 # More than these are counted: whoever sends a thousand wrong ones is no cluster.
 MAX_PROBLEMS: Final = 20
+# So long a cluster that was never asked keeps VNet from being called healthy for the first time: by then
+# a proxy has found out that nobody answers.
+FIRST_ANSWER_SECONDS: Final = 15.0
+_ADVICE: Final = "; VNet tries again, and vnet diag looks for the cause"
 
 
 class InTheWay(Protocol):
@@ -39,10 +43,15 @@ class InTheWay(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """What one proxy has said of all clusters; `problem` as in ClustersReported."""
+    """What one proxy has said of all clusters; `problem` as in ClustersReported.
+
+    Of several proxies together, `awaited` names the root clusters that one of them still asks for
+    the first time: a name of theirs may be taken for somebody else's until then.
+    """
 
     clusters: list[Cluster]
     problem: str
+    awaited: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,18 @@ def names_of(view: ClusterView | None) -> frozenset[object]:
         (c.profile, c.name, c.user, c.state in _LOGGED_IN, c.is_configured, *c.zones)
         for c in (view.clusters if view else [])
     )
+
+
+def unasked(view: ClusterView) -> list[tuple[str, str]]:
+    """Profile and name of each root cluster that has neither answered this proxy nor failed to."""
+    return [
+        (c.profile, c.name)
+        for c in view.clusters
+        if c.leaf_of is None
+        and c.state is ClusterState.OK
+        and not c.is_configured
+        and not c.problem
+    ]
 
 
 def combine(views: Sequence[ClusterView]) -> ClusterView:
@@ -84,7 +105,17 @@ def combine(views: Sequence[ClusterView]) -> ClusterView:
             )
         else:
             combined.append(cluster)
+    combined = [_with_advice(cluster) for cluster in combined]
     return ClusterView(combined, next((view.problem for view in views if view.problem), ""))
+
+
+def _with_advice(cluster: Cluster) -> Cluster:
+    """An error of the network says what has failed, and not what can be done about it."""
+    if cluster.state is not ClusterState.UNREACHABLE or not cluster.problem:
+        return cluster
+    # It has to fit into what is handed over to another version.
+    problem = cluster.problem[: MAX_SAFE_TEXT - len(_ADVICE)]
+    return msgspec.structs.replace(cluster, problem=f"{problem}{_ADVICE}")
 
 
 def complete(clusters: Sequence[Cluster], known: Sequence[Cluster]) -> list[Cluster]:

@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from supervisor import config, handover, logs, next_start, reload_plan, settings, upgrade
+from supervisor import access, config, handover, logs, next_start, reload_plan, settings, upgrade
 from supervisor.exits import ExitStatus, MisconfiguredError, StartupError
 from supervisor.handover import Handover
 from supervisor.notify import Notifier, take_stored
@@ -34,9 +35,16 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(int(status))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(int(ExitStatus.USAGE), f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The flags, which the manual page is made from as well."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vnet-supervisor",
         description="Runs VNet in the foreground until SIGINT or SIGTERM.",
         epilog="example: sudo vnet-supervisor --user alice",
@@ -114,6 +122,9 @@ def _settings(flags: argparse.Namespace, state: Handover | None) -> Settings:
         # As with a reload: what needs a restart of VNet stays as it is.
         read = reload_plan.plan(handover.config_of(state), read).config
     user = settings.find_user(flags.user or read.user or None, os.environ)
+    if state is None:
+        # A running VNet goes on without accounts that were deleted, and says so.
+        access.check(read.security)
     if flags.not_root and user.uid == 0:
         raise MisconfiguredError(
             [f"user: {user.name} is root, whose credentials are not used here: name another user"]

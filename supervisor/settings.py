@@ -6,12 +6,15 @@ import pwd
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from supervisor.config import Config
 from supervisor.exits import MisconfiguredError
-from supervisor.logs import LogFormat
+
+if TYPE_CHECKING:
+    # What the short commands of `vnet` need of this module shall be there quickly.
+    from supervisor.config import Config
+    from supervisor.logs import LogFormat
 
 # hier(7): macOS has neither /run nor /var/lib, and lets nobody make the former.
 _IS_MACOS = sys.platform == "darwin"
@@ -34,19 +37,21 @@ class User:
 class Settings:
     """Everything a run depends on."""
 
-    config: Config
+    config: "Config"
     config_path: Path | None
     user: User
     teleport_home: Path
     run_dir: Path
     state_dir: Path
     log_level: str
-    log_format: LogFormat
+    log_format: "LogFormat"
 
 
 @functools.cache
 def version() -> str:
     """The version of this program, as it was installed when this was asked first."""
+    from importlib import metadata  # noqa: PLC0415  # it loads the parser of e-mail
+
     return metadata.version("vnet")
 
 
@@ -70,7 +75,7 @@ def find_user(name: str | None, environment: Mapping[str, str]) -> User:
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
 
 
-def teleport_home(config: Config, user: User, environment: Mapping[str, str]) -> Path:
+def teleport_home(config: "Config", user: User, environment: Mapping[str, str]) -> Path:
     """TELEPORT_HOME, then the configuration, then `~/.tsh` of the VNet user."""
     text = environment.get("TELEPORT_HOME") or config.teleport_home or "~/.tsh"
     if text == "~" or text.startswith("~/"):

@@ -6,29 +6,40 @@ health check, starts quickly.
 
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from supervisor import control_messages as cm
 from supervisor import settings
-from supervisor.cli import service_commands, status_view
-from supervisor.cli.control_client import AskError, ask_status, order
+from supervisor.cli import completion, service_commands
+from supervisor.cli import status as status_command
+from supervisor.cli.control_client import AskError, order
 from supervisor.exits import ExitStatus
-from supervisor.status import EXIT_OF_HEALTH, Health
 
-WATCH_SECONDS = 1.0
-WAIT_STEP_SECONDS = 0.1
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # typer would make it the status of what is degraded.
+            raise SystemExit(_reader_has_gone()) from None
+
 
 app = typer.Typer(
     name="vnet",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# As shells have it for a process that Ctrl-C has ended.
+_INTERRUPTED = 130
 
 app.add_typer(service_commands.app, name="service")
 
@@ -41,11 +52,64 @@ RunDir = Annotated[
 def main() -> None:
     """Entry point."""
     try:
-        app()
+        status = _run(sys.argv[1:])
+        sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output has gone, as in `vnet status | head -1`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(int(ExitStatus.OK)) from None
+        status = _reader_has_gone()
+    raise SystemExit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    wish = status_command.plain_wish(arguments[1:]) if arguments[:1] == ["status"] else None
+    try:
+        if wish is not None:
+            _show_status(wish)
+        # Exits that commands ask for pass as SystemExit.
+        return app(arguments, standalone_mode=False, prog_name="vnet") or int(ExitStatus.OK)
+    except typer.TyperException as error:
+        _explain(error)
+        return int(ExitStatus.USAGE)
+    except typer.Abort:
+        return _INTERRUPTED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        return _internal(error)
+    except Exception as error:  # noqa: BLE001  # the outermost frame of the process
+        return _internal(error)
+
+
+def _explain(error: typer.TyperException) -> None:
+    """What is wrong with the command line, and where to look, in one line."""
+    text = error.format_message()
+    if not text or "\n" in text.strip():
+        # Without any argument: the help, which rich has printed already.
+        print(text, end="", file=sys.stderr)
+        return
+    text = text.strip().rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", "vnet")
+    text = f"{text[:1].lower()}{text[1:]}{'' if text.endswith('?') else ';'}"
+    print(f"vnet: {text} see {command} --help", file=sys.stderr)
+
+
+def _internal(error: Exception) -> int:
+    if sys.flags.dev_mode:
+        raise error
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    print(
+        f"vnet: internal error: {text}: report it, with what PYTHONDEVMODE=1 prints",
+        file=sys.stderr,
+    )
+    return int(ExitStatus.INTERNAL)
+
+
+def _reader_has_gone() -> int:
+    """The reader of our output has what it wanted, as in `vnet logs | head -1`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return int(ExitStatus.OK)
 
 
 def fail(status: ExitStatus, text: str) -> NoReturn:
@@ -73,7 +137,9 @@ def options(
 @app.command()
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Print again every second.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every second, until Ctrl-C.")
+    ] = False,
     wait: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="Wait until healthy, at most so long."),
@@ -84,42 +150,18 @@ def status(
 
     Example: vnet status --wait 10 && psql -h pg.example.test
     """
-    where = settings.run_dir(run_dir, os.environ)
     if watch:
-        _watch(where, as_json=as_json)
-    deadline = time.monotonic() + (wait or 0)
-    while True:
-        failure: AskError | None = None
-        try:
-            found, raw = ask_status(where, cm.Status())
-        except AskError as error:
-            failure = error
-        if (failure is None and found.health is Health.HEALTHY) or time.monotonic() >= deadline:
-            break
-        time.sleep(WAIT_STEP_SECONDS)
-    if failure is not None:
-        fail(failure.status, str(failure))
-    _print(raw.decode().rstrip("\n") if as_json else "\n".join(status_view.lines(found)))
-    raise SystemExit(int(EXIT_OF_HEALTH[found.health]))
+        status_command.watch(settings.run_dir(run_dir, os.environ), as_json=as_json)
+    _show_status(status_command.Wish(as_json=as_json, wait=wait or 0.0, run_dir=run_dir))
 
 
-def _watch(where: Path, *, as_json: bool) -> NoReturn:
+def _show_status(wish: status_command.Wish) -> NoReturn:
+    where = settings.run_dir(wish.run_dir, os.environ)
     try:
-        while True:
-            try:
-                found, raw = ask_status(where, cm.Status())
-            except AskError as error:
-                # A restart of the supervisor is part of what is watched.
-                text = f'{{"schema":1,"health":"stopped","reasons":["{error.status.name}"]}}'
-                text = text if as_json else str(error)
-            else:
-                text = raw.decode().strip() if as_json else "\n".join(status_view.lines(found))
-            if not as_json and sys.stdout.isatty():
-                text = f"\x1b[H\x1b[2J{text}"
-            _print(text)
-            time.sleep(WATCH_SECONDS)
-    except KeyboardInterrupt:
-        raise SystemExit(int(ExitStatus.OK)) from None
+        found = status_command.show(where, wait=wish.wait, as_json=wish.as_json)
+    except AskError as error:
+        fail(error.status, str(error))
+    raise SystemExit(int(found))
 
 
 def _print(text: str) -> None:
@@ -128,25 +170,39 @@ def _print(text: str) -> None:
 
 @app.command()
 def stop(run_dir: RunDir = None) -> None:
-    """Stop a running VNet. Example: sudo vnet stop."""
+    """Stop a running VNet.
+
+    Example: sudo vnet stop
+    """
     _order(run_dir, cm.Stop())
 
 
 @app.command()
 def reload(run_dir: RunDir = None) -> None:
-    """Read the configuration again. Example: sudo vnet reload."""
+    """Read the configuration again, and say what is in force now and what needs a restart.
+
+    Example: sudo vnet reload
+    """
     _order(run_dir, cm.Reload())
 
 
 @app.command()
 def restart(
-    worker: Annotated[str, typer.Argument(help="Name of a worker, or all.")],
+    worker: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORKER", help="Its name, or all.", autocompletion=completion.workers
+        ),
+    ],
     drain: Annotated[
         bool, typer.Option("--drain", help="Cut nothing: the old one finishes what is open.")
     ] = False,
     run_dir: RunDir = None,
 ) -> None:
-    """Restart a worker. Example: vnet restart proxy-0 --drain."""
+    """Restart a worker. With --drain and all an installed update takes over without a gap.
+
+    Example: vnet restart proxy-0 --drain
+    """
     if not drain:
         _order(run_dir, cm.Restart(worker=worker))
         return
@@ -182,13 +238,21 @@ def repair(
 
 @app.command("log-level")
 def log_level(
-    level: Annotated[str, typer.Argument(help="debug, info, warning or error.")],
+    level: Annotated[
+        str,
+        typer.Argument(
+            metavar="LEVEL", help="debug, info, warning or error.", autocompletion=completion.levels
+        ),
+    ],
     next_start: Annotated[
         bool, typer.Option("--next-start", help="Only for the next start, and not before.")
     ] = False,
     run_dir: RunDir = None,
 ) -> None:
-    """Change the log level while VNet runs. Example: vnet log-level debug."""
+    """Change the log level while VNet runs.
+
+    Example: vnet log-level debug
+    """
     _order(run_dir, cm.LogLevel(level=_level(level), next_start=next_start))
 
 
@@ -204,10 +268,18 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Go on with the lines that come, until Ctrl-C.")
     ] = False,
     worker: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only of this worker, or supervisor.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only of this worker, or supervisor.",
+            autocompletion=completion.speakers,
+        ),
     ] = None,
     level: Annotated[
-        str, typer.Option(metavar="LEVEL", help="Only of this level or above.")
+        str,
+        typer.Option(
+            metavar="LEVEL", help="Only of this level or above.", autocompletion=completion.levels
+        ),
     ] = "debug",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each line.")
@@ -284,7 +356,12 @@ def mfa(
 @app.command()
 def login(
     proxy: Annotated[
-        str, typer.Argument(metavar="PROXY", help="Which profile, if several have expired.")
+        str,
+        typer.Argument(
+            metavar="PROXY",
+            help="Which profile, if several have expired.",
+            autocompletion=completion.profiles,
+        ),
     ] = "",
     run_dir: RunDir = None,
 ) -> None:
@@ -341,7 +418,12 @@ def diag(
 @app.command()
 def ls(
     kind: Annotated[
-        list[str] | None, typer.Option(metavar="app|db|node", help="Only these; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="app|db|node",
+            help="Only these; may be repeated.",
+            autocompletion=completion.kinds,
+        ),
     ] = None,
     cluster: Annotated[str, typer.Option(metavar="NAME", help="Only in this cluster.")] = "",
     search: Annotated[str, typer.Option(metavar="WORDS", help="Only what contains them.")] = "",
@@ -390,16 +472,27 @@ def ssh_config(
 
 @app.command()
 def proxy(
-    name: Annotated[str, typer.Argument(help="Name or address of an app or database.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Name or address of an app or database.",
+            autocompletion=completion.apps,
+        ),
+    ],
     local_port: Annotated[
         int | None,
-        typer.Argument(metavar="[LOCAL_PORT]", min=1, max=65535, help="Else a free one."),
+        typer.Argument(metavar="LOCAL_PORT", min=1, max=65535, help="Else a free one."),
     ] = None,
     port: Annotated[
         int | None,
         typer.Option(metavar="PORT", min=1, max=65535, help="Which port of a multi-port app."),
     ] = None,
     cluster: Annotated[str, typer.Option(metavar="NAME", help="Only in this cluster.")] = "",
+    any_host: Annotated[
+        bool,
+        typer.Option("--any-host", help="Let HTTP requests pass whatever their Host and Origin."),
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
     """Make one app or database reachable at a local port, until Ctrl-C. Needs no running VNet.
@@ -411,7 +504,14 @@ def proxy(
 
     try:
         access = find_access(config, os.environ)
-        serve(access, name, local_port=local_port, target_port=port, cluster=cluster)
+        serve(
+            access,
+            name,
+            local_port=local_port,
+            target_port=port,
+            cluster=cluster,
+            any_host=any_host,
+        )
     except CommandError as error:
         fail(error.status, str(error))
 
@@ -425,7 +525,7 @@ ClusterFile = Annotated[
 @app.command(context_settings={"allow_interspersed_args": False})
 def demo(
     command: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="What to run in it.")
+        list[str] | None, typer.Argument(metavar="-- COMMAND", help="What to run in it.")
     ] = None,
     cluster: ClusterFile = None,
     config: Annotated[

@@ -1,6 +1,5 @@
 """`vnet connections` for people: two tables that fit the terminal. Pure."""
 
-import textwrap
 import time
 from calendar import timegm
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,14 +8,24 @@ from pathlib import PurePath
 
 from ipc.connection_list import LIVE, ConnectionState
 from supervisor.cli.connection_report import ConnectionList, ConnectionRow, TargetRow
+from supervisor.cli.screen import MIN_WIDTH
+from supervisor.cli.text import (
+    BOLD,
+    DIM,
+    ELLIPSIS,
+    PLAIN,
+    RED,
+    columns,
+    cut,
+    head,
+    padded,
+    printable,
+    wrapped,
+)
 
 _GAP = "  "
-_BOLD, _RED, _DIM, _PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[2m", "\x1b[0m"
 _REASON_INDENT = 2
 _MAX_REASON_LINES = 3
-_MIN_WIDTH = 40
-# Whatever a terminal says about itself.
-_MIN_HEIGHT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +48,7 @@ def lines(found: ConnectionList, width: int | None, now: float, *, has_colour: b
 
     `now` is seconds since 1970. What moves a terminal's cursor is shown as a blank.
     """
-    width = None if width is None else max(width, _MIN_WIDTH)
+    width = None if width is None else max(width, MIN_WIDTH)
     if not found.targets and not found.connections:
         return ["no connections yet"]
     shown = _table(_of_targets(found.targets), width, has_colour=has_colour)
@@ -51,13 +60,10 @@ def lines(found: ConnectionList, width: int | None, now: float, *, has_colour: b
     return shown
 
 
-def fitted(shown: Sequence[str], height: int) -> list[str]:
-    """As many lines as a terminal of this height shows, one of which says how many are missing."""
-    room = max(height, _MIN_HEIGHT) - 1
-    if len(shown) <= room:
-        return list(shown)
-    missing = len(shown) - room + 1
-    return [*shown[: room - 1], f"... and {missing} lines more: vnet connections shows all"]
+def sentence(text: str, width: int | None) -> list[str]:
+    """A problem as lines of at most `width` columns (None: one)."""
+    clean = printable(text)
+    return [clean] if width is None else wrapped(clean, width)
 
 
 def _of_targets(rows: Sequence[TargetRow]) -> list[_Column]:
@@ -77,7 +83,7 @@ def _of_targets(rows: Sequence[TargetRow]) -> list[_Column]:
 def _of_connections(rows: Sequence[ConnectionRow], now: float) -> list[_Column]:
     return [
         _Column("STATE", [row.state for row in rows]),
-        _Column("TARGET", [_place(row) for row in rows], least=20),
+        _Column("TARGET", [_place(row) for row in rows], least=16),
         _Column("CLIENT", [_client(row) for row in rows], least=14, need=6),
         _Column("SINCE", [_clock(row) for row in rows], need=1),
         _numbers("TIME", [_time(row, now) for row in rows], need=5),
@@ -173,30 +179,22 @@ def _reason(row: ConnectionRow, width: int | None) -> list[str]:
         return []
     if width is None:
         return [indent + text]
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        max_lines=_MAX_REASON_LINES,
-        placeholder=" ...",
-        break_on_hyphens=False,
-    )
+    return wrapped(text, width, indent=indent, max_lines=_MAX_REASON_LINES)
 
 
 # -- tables --
 
 
-def _table(columns: Sequence[_Column], width: int | None, *, has_colour: bool) -> list[str]:
+def _table(wanted: Sequence[_Column], width: int | None, *, has_colour: bool) -> list[str]:
     """Its lines, the titles first."""
-    clean = [_with_cells(column, [printable(cell) for cell in column.cells]) for column in columns]
+    clean = [_with_cells(column, [printable(cell) for cell in column.cells]) for column in wanted]
     # What nothing is known of in any row needs no column.
     clean = [c for c in clean if not c.need or any(cell != "-" for cell in c.cells)]
     widths = _fit(clean, width)
     kept = [column for column in clean if column.title in widths]
     header = _line(kept, widths, [column.title for column in kept])
     rows = zip(*(column.cells for column in kept), strict=True)
-    header = f"{_BOLD}{header}{_PLAIN}" if has_colour else header
+    header = f"{BOLD}{header}{PLAIN}" if has_colour else header
     return [header, *(_line(kept, widths, row) for row in rows)]
 
 
@@ -204,12 +202,12 @@ def _with_cells(column: _Column, cells: Sequence[str]) -> _Column:
     return _Column(column.title, cells, column.least, column.need, column.is_number)
 
 
-def _fit(columns: Sequence[_Column], width: int | None) -> dict[str, int]:
+def _fit(wanted: Sequence[_Column], width: int | None) -> dict[str, int]:
     """The width of each column that is shown."""
-    natural = {c.title: max(len(c.title), *map(len, c.cells), 0) for c in columns}
+    natural = {c.title: max(map(columns, (c.title, *c.cells))) for c in wanted}
     if width is None:
         return natural
-    left = list(columns)
+    left = list(wanted)
     while True:
         widths = {column.title: natural[column.title] for column in left}
         excess = sum(widths.values()) + len(_GAP) * (len(left) - 1) - width
@@ -226,43 +224,37 @@ def _fit(columns: Sequence[_Column], width: int | None) -> dict[str, int]:
         left = [column for column in left if column.need != min(needs)]
 
 
-def _cuttable(columns: Sequence[_Column], widths: Mapping[str, int]) -> Iterator[_Column]:
+def _cuttable(wanted: Sequence[_Column], widths: Mapping[str, int]) -> Iterator[_Column]:
     """The last first: the target says most."""
-    for column in reversed(columns):
+    for column in reversed(wanted):
         if column.least is not None and widths[column.title] > column.least:
             yield column
 
 
-def _line(columns: Sequence[_Column], widths: Mapping[str, int], cells: Sequence[str]) -> str:
+def _line(shown_columns: Sequence[_Column], widths: Mapping[str, int], cells: Sequence[str]) -> str:
     shown = []
-    for column, cell in zip(columns, cells, strict=True):
+    for column, cell in zip(shown_columns, cells, strict=True):
         width = widths[column.title]
-        text = _cut(cell, width)
-        shown.append(text.rjust(width) if column.is_number else text.ljust(width))
+        shown.append(padded(_cut(cell, width), width, is_number=column.is_number))
     return _GAP.join(shown).rstrip()
 
 
 def _cut(text: str, width: int) -> str:
     """The end stays where it is a port or a process."""
-    if len(text) <= width:
+    if columns(text) <= width:
         return text
-    head, mark, tail = text.rpartition(":")
+    first, mark, last = text.rpartition(":")
     if not mark:
-        head, mark, tail = text.rpartition(" ")
-    room = width - len(mark + tail) - 1
-    return f"{head[:room]}…{mark}{tail}" if mark and room > 0 else text[: width - 1] + "…"
+        first, mark, last = text.rpartition(" ")
+    room = width - columns(mark + last) - 1
+    return f"{head(first, room)}{ELLIPSIS}{mark}{last}" if mark and room > 0 else cut(text, width)
 
 
 def _painted(line: str, state: ConnectionState) -> str:
     match state:
         case ConnectionState.FAILED:
-            return f"{_RED}{line}{_PLAIN}"
+            return f"{RED}{line}{PLAIN}"
         case ConnectionState.DONE | ConnectionState.CANCELLED:
-            return f"{_DIM}{line}{_PLAIN}"
+            return f"{DIM}{line}{PLAIN}"
         case _:
             return line
-
-
-def printable(text: str) -> str:
-    """Without what moves a terminal's cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -6,12 +6,11 @@ other processes nor at sockets.
 """
 
 import asyncio
-import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -21,7 +20,7 @@ from supervisor.cli import connection_view as view
 from supervisor.cli.connection_report import ConnectionList, Told, ends_of, merge
 from supervisor.cli.connection_sources import Sources
 from supervisor.cli.control_client import TIMEOUT_SECONDS, AskError, ask_status
-from supervisor.cli.ls import wants_colour
+from supervisor.cli.screen import Screen, has_colour, width_of
 from supervisor.cli.socket_owners import MAX_QUESTIONS, SocketOwner, owners
 from supervisor.exits import ExitStatus
 
@@ -33,8 +32,6 @@ START_SECONDS = 1.0
 STEP_SECONDS = 0.1
 # Whose a connection is is found out at once, or a moment later, or not: a container's, for example.
 MAX_TRIES = 3
-
-_HOME, _TO_LINE_END, _TO_SCREEN_END = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 def run(run_dir: Path, *, watch: bool, as_json: bool) -> ExitStatus:
@@ -74,9 +71,7 @@ class _Connections:
         if self._as_json:
             _print_json(found)
         else:
-            width, has_colour = _terminal()
-            print("\n".join(view.lines(found, width, time.time(), has_colour=has_colour)))
-            sys.stdout.flush()
+            print("\n".join(_lines(found)), flush=True)
         for problem in problems:
             print(f"vnet: {problem}", file=sys.stderr)
         return ExitStatus.DEGRADED if problems else ExitStatus.OK
@@ -86,16 +81,22 @@ class _Connections:
         sources = self._sources
         try:
             await self._find()
-            is_new, said = True, list(sources.problems)
-            while True:
-                self._show_again(self._report(said), is_new=is_new)
-                await asyncio.sleep(WATCH_SECONDS)
-                before = said
-                is_new = await sources.look()
-                said = sources.problems if len(sources) else [_why_nobody_answers(sources)]
-                is_new = is_new or said != before
+            with Screen("vnet connections", is_for_people=not self._as_json) as screen:
+                await self._watch(screen)
         finally:
             await sources.close()
+
+    async def _watch(self, screen: Screen) -> NoReturn:
+        sources = self._sources
+        is_new, said = True, list(sources.problems)
+        while True:
+            self._show_again(screen, self._report(said), is_new=is_new)
+            for step in screen.steps(WATCH_SECONDS):
+                await asyncio.sleep(step)
+            before = said
+            is_new = await sources.look()
+            said = sources.problems if len(sources) else [_why_nobody_answers(sources)]
+            is_new = is_new or said != before
 
     async def _find(self) -> None:
         """Returns when a proxy has answered. Raises AskError."""
@@ -118,21 +119,14 @@ class _Connections:
         told = self._sources.told
         return merge(told, self._owners.of(told), problems)
 
-    def _show_again(self, found: ConnectionList, *, is_new: bool) -> None:
+    def _show_again(self, screen: Screen, found: ConnectionList, *, is_new: bool) -> None:
         if self._as_json:
             if is_new:
                 _print_json(found)
-            return
-        width, has_colour = _terminal()
-        shown = view.lines(found, width, time.time(), has_colour=has_colour)
-        shown = [*(view.printable(problem) for problem in found.problems), *shown]
-        if width is not None:
-            # In place, without a moment in which nothing is there.
-            height = shutil.get_terminal_size().lines
-            rows = "".join(f"{line}{_TO_LINE_END}\n" for line in view.fitted(shown, height))
-            print(f"{_HOME}{rows}{_TO_SCREEN_END}", end="", flush=True)
-        elif is_new:
-            print("\n".join(shown), end="\n\n", flush=True)
+        elif is_new or screen.is_in_place:
+            width = width_of(sys.stdout)
+            problems = [line for text in found.problems for line in view.sentence(text, width)]
+            screen.show([*problems, *_lines(found)])
 
 
 _NOBODY = "no proxy tells of its connections: end other vnet connections that are running, or see vnet status"
@@ -147,7 +141,7 @@ def _why_nobody_answers(sources: Sources) -> str:
     except AskError as error:
         if error.status is ExitStatus.NOT_PERMITTED:
             raise
-        return str(error)
+        return f"{error}; waiting"
     return _NOBODY
 
 
@@ -188,11 +182,9 @@ def _lacks_rates(told: Told) -> bool:
     )
 
 
-def _terminal() -> tuple[int | None, bool]:
-    """Its width, None where standard output is none, and whether it may get colours."""
-    if not sys.stdout.isatty():
-        return None, False
-    return shutil.get_terminal_size().columns, wants_colour(os.environ)
+def _lines(found: ConnectionList) -> list[str]:
+    out = sys.stdout
+    return view.lines(found, width_of(out), time.time(), has_colour=has_colour(out))
 
 
 def _print_json(found: ConnectionList) -> None:

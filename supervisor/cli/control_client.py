@@ -42,7 +42,10 @@ def ask(run_dir: Path, request: Request, seconds: float = TIMEOUT_SECONDS) -> by
                 end.settimeout(max(deadline - time.monotonic(), 0.001))
                 piece = end.recv(65536)
                 if not piece or len(data) > MAX_ANSWER_BYTES:
-                    raise AskError(ExitStatus.INTERNAL, "VNet closed the connection unanswered")
+                    raise AskError(
+                        ExitStatus.INTERNAL,
+                        "VNet closed the connection unanswered: try again, and see its log",
+                    )
                 data += piece
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
         raise AskError(
@@ -50,35 +53,57 @@ def ask(run_dir: Path, request: Request, seconds: float = TIMEOUT_SECONDS) -> by
             f"VNet is not running (no answer at {path}): start it with sudo vnet-supervisor, or"
             " name another with VNET_RUN_DIR",
         ) from error
-    except TimeoutError as error:
+    except (TimeoutError, BlockingIOError) as error:
+        # The latter where so many have asked in vain that no more may wait.
         raise AskError(
-            ExitStatus.INTERNAL, f"VNet did not answer within {seconds:g} s: see its log"
+            ExitStatus.INTERNAL,
+            f"VNet did not answer within {seconds:.2g} s: its supervisor is stopped or hangs; see its log,"
+            " and start it anew if it goes on",
         ) from error
     except PermissionError as error:
         raise AskError(
             ExitStatus.NOT_PERMITTED, f"{path} may not be opened: run as root or as the VNet user"
         ) from error
     except OSError as error:
-        raise AskError(ExitStatus.INTERNAL, f"{path}: {error}") from error
+        raise AskError(
+            ExitStatus.INTERNAL,
+            f"{path} cannot be used ({error.strerror or error}): see VNet's log",
+        ) from error
     return data
 
 
-def ask_status(run_dir: Path, request: Request) -> tuple[Status, bytes]:
+def not_understood(error: Exception) -> str:
+    """What to say of an answer that is none."""
+    return (
+        f"VNet's answer is not understood ({error}): it may be of another version than this command;"
+        " restart it"
+    )
+
+
+def ask_status(
+    run_dir: Path, request: Request, seconds: float = TIMEOUT_SECONDS
+) -> tuple[Status, bytes]:
     """The status, decoded and as it came. Raises AskError."""
-    data = ask(run_dir, request)
+    data = ask(run_dir, request, seconds)
     try:
         return msgspec.json.decode(data, type=Status), data
     except msgspec.MsgspecError as error:
-        raise AskError(ExitStatus.INTERNAL, f"VNet's answer is not understood: {error}") from error
+        raise AskError(ExitStatus.INTERNAL, not_understood(error)) from error
 
 
 def order(run_dir: Path, request: Request, seconds: float = TIMEOUT_SECONDS) -> Answer:
     """Carries out a command. Raises AskError, also when VNet refuses."""
-    data = ask(run_dir, request, seconds)
+    try:
+        data = ask(run_dir, request, seconds)
+    except AskError as error:
+        if error.status is ExitStatus.INTERNAL:
+            text = f"{error}; it may still do what was asked for"
+            raise AskError(error.status, text) from error
+        raise
     try:
         answer = msgspec.json.decode(data, type=Answer)
     except msgspec.MsgspecError as error:
-        raise AskError(ExitStatus.INTERNAL, f"VNet's answer is not understood: {error}") from error
+        raise AskError(ExitStatus.INTERNAL, not_understood(error)) from error
     if answer.status != ExitStatus.OK:
         raise AskError(ExitStatus(answer.status), answer.text)
     return answer

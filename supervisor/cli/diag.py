@@ -16,8 +16,9 @@ import msgspec
 from supervisor import config as configuration
 from supervisor import control_messages as cm
 from supervisor import settings
-from supervisor.cli.control_client import AskError, ask
+from supervisor.cli.control_client import AskError, ask, not_understood
 from supervisor.cli.diag_clients import probe_proxies, read_home_facts
+from supervisor.cli.screen import is_terminal
 from supervisor.diag import run
 from supervisor.diag.facts import VnetFacts
 from supervisor.diag.markdown import file_name, render
@@ -157,8 +158,7 @@ def _ask(run_dir: Path) -> VnetFacts:
         try:
             refusal = msgspec.json.decode(data, type=cm.Answer)
         except (msgspec.MsgspecError, ValueError):
-            text = f"VNet's answer is not understood: {error}"
-            raise AskError(ExitStatus.INTERNAL, text) from error
+            raise AskError(ExitStatus.INTERNAL, not_understood(error)) from error
         if refusal.status == ExitStatus.NOT_PERMITTED:
             raise AskError(ExitStatus.NOT_PERMITTED, refusal.text) from error
         # One that was started before this command was installed does not know the question.
@@ -232,7 +232,7 @@ class _Progress:
     """One line on a terminal that counts what has been looked at."""
 
     def __init__(self) -> None:
-        self._is_shown = sys.stderr.isatty()
+        self._is_shown = is_terminal(sys.stderr)
         self._count = 0
         self._show("looking at this machine")
 

@@ -14,8 +14,8 @@ import msgspec
 
 from supervisor import control_messages as cm
 from supervisor import logs
-from supervisor.cli.control_client import AskError, ask
-from supervisor.cli.ls import wants_colour
+from supervisor.cli.control_client import AskError, ask, not_understood
+from supervisor.cli.screen import has_colour
 from supervisor.exits import ExitStatus
 from supervisor.log_book import LogEntry, Piece
 
@@ -111,14 +111,13 @@ def _ask(run_dir: Path, request: cm.Logs) -> Piece:
             refusal = msgspec.json.decode(data, type=cm.Answer)
             raise AskError(ExitStatus(refusal.status), refusal.text) from error
         except (msgspec.MsgspecError, ValueError):
-            text = f"VNet's answer is not understood: {error}"
-            raise AskError(ExitStatus.INTERNAL, text) from error
+            raise AskError(ExitStatus.INTERNAL, not_understood(error)) from error
 
 
 class _Printer:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._has_colour = sys.stdout.isatty() and wants_colour(os.environ)
+        self._has_colour = has_colour(sys.stdout)
 
     def print(self, entry: LogEntry) -> None:
         if self._as_json:

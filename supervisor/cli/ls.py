@@ -2,9 +2,7 @@
 
 import itertools
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -12,7 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from supervisor.cli import teleport_access
+from supervisor.cli.progress import Progress
+from supervisor.cli.screen import has_colour, width_of
 from supervisor.cli.teleport_access import Access, CommandError
+from supervisor.cli.text import BOLD, PLAIN, columns, cut_middle, padded, printable, wrapped
 from supervisor.exits import ExitStatus
 
 if TYPE_CHECKING:
@@ -20,15 +21,12 @@ if TYPE_CHECKING:
 
 KINDS = ("app", "db", "node")
 
-_BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 _GAP = "  "
 # A name or a list of ports that is cut is still a hint; an address that is cut is useless.
 _CUT_TO = {"NAME": 12, "PORTS": 10, "CLUSTER": 12, "PROFILE": 12}
 # Left out one by one on a narrow terminal.
 _LESS_NEEDED = ("PROFILE", "CLUSTER", "PORTS")
 _MIN_ADDRESS = 30
-# Whatever a terminal says about itself.
-_MIN_WIDTH = 40
 _MAX_NOTED_NAMES = 5
 
 
@@ -65,7 +63,8 @@ def list_reachable(
         except NoSuchClusterError as error:
             raise CommandError(ExitStatus.USAGE, str(error)) from error
 
-    listing = teleport_access.run(ask)
+    with Progress("asking the clusters"):
+        listing = teleport_access.run(ask)
     if as_json:
         print(msgspec.json.encode(listing).decode(), flush=True)
     else:
@@ -77,18 +76,13 @@ def list_reachable(
 
 def _print_table(rows: "Sequence[Row]") -> None:
     lines = table(rows, None, has_colour=False)
-    if sys.stdout.isatty():
-        width = max(shutil.get_terminal_size().columns, _MIN_WIDTH)
-        shown = table(rows, width, has_colour=wants_colour(os.environ))
+    width = width_of(sys.stdout)
+    if width is not None:
+        shown = table(rows, width, has_colour=has_colour(sys.stdout))
         lines = itertools.chain(shown, notes(rows, width))
     for line in lines:
         print(line)
     sys.stdout.flush()
-
-
-def wants_colour(environment: Mapping[str, str]) -> bool:
-    """Whether a terminal may get colours; see https://no-color.org for NO_COLOR."""
-    return not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
 
 def table(rows: "Sequence[Row]", width: int | None, *, has_colour: bool) -> Iterator[str]:
@@ -100,7 +94,7 @@ def table(rows: "Sequence[Row]", width: int | None, *, has_colour: bool) -> Iter
         if width is not None:
             yield "nothing found"
         return
-    columns = {
+    found = {
         "KIND": [_shown_kind(row) for row in rows],
         "NAME": [row.name for row in rows],
         "ADDRESS": [row.address or "-" if _is_usable(row) else "-" for row in rows],
@@ -108,15 +102,16 @@ def table(rows: "Sequence[Row]", width: int | None, *, has_colour: bool) -> Iter
         "CLUSTER": [row.cluster for row in rows],
         "PROFILE": [row.profile for row in rows],
     }
-    if len(set(columns["PROFILE"])) == 1:
-        del columns["PROFILE"]
-    widths = {title: max(len(title), *map(len, cells)) for title, cells in columns.items()}
+    if len(set(found["PROFILE"])) == 1:
+        del found["PROFILE"]
+    found = {title: list(map(printable, cells)) for title, cells in found.items()}
+    widths = {title: max(map(columns, (title, *cells))) for title, cells in found.items()}
     if width is not None:
         widths = fitted(widths, width)
-    header = _line(widths, dict(zip(columns, columns, strict=True)))
-    yield f"{_BOLD}{header}{_PLAIN}" if has_colour else header
-    for cells in zip(*columns.values(), strict=True):
-        yield _line(widths, dict(zip(columns, cells, strict=True)))
+    header = _line(widths, dict(zip(found, found, strict=True)))
+    yield f"{BOLD}{header}{PLAIN}" if has_colour else header
+    for cells in zip(*found.values(), strict=True):
+        yield _line(widths, dict(zip(found, cells, strict=True)))
 
 
 def fitted(widths: Mapping[str, int], width: int) -> dict[str, int]:
@@ -144,14 +139,10 @@ def fitted(widths: Mapping[str, int], width: int) -> dict[str, int]:
 
 def _line(widths: Mapping[str, int], cells: Mapping[str, str]) -> str:
     shown = [
-        (cells[title] if title == "ADDRESS" else _cut(cells[title], width)).ljust(width)
+        padded(cells[title] if title == "ADDRESS" else cut_middle(cells[title], width), width)
         for title, width in widths.items()
     ]
     return _GAP.join(shown).rstrip()
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _shown_kind(row: "Row") -> str:
@@ -175,4 +166,4 @@ def notes(rows: "Iterable[Row]", width: int) -> Iterator[str]:
         shown = ", ".join(noted[:_MAX_NOTED_NAMES])
         more = len(noted) - _MAX_NOTED_NAMES
         shown += f" and {more} more" if more > 0 else ""
-        yield from textwrap.wrap(f"{shown}: {note}", width, break_on_hyphens=False)
+        yield from wrapped(printable(f"{shown}: {note}"), width)

@@ -21,21 +21,21 @@ from supervisor import settings
 from supervisor.cli.app import app
 from supervisor.exits import ExitStatus
 
-_STATUSES: Final[Mapping[ExitStatus, str]] = {
+STATUSES: Final[Mapping[ExitStatus, str]] = {
     ExitStatus.OK: "Success, or VNet is healthy.",
-    ExitStatus.DEGRADED: "VNet is degraded or starting.",
+    ExitStatus.DEGRADED: "VNet is degraded or starting, or issues were found.",
     ExitStatus.USAGE: "Wrong usage or configuration.",
     ExitStatus.NOT_RUNNING: "VNet is not running.",
     ExitStatus.NOT_PERMITTED: "Not permitted; the message names the right that is missing.",
     ExitStatus.INTERNAL: "Internal error, or no answer within 2 s.",
     ExitStatus.CONFLICT: "Conflict: another VNet, or an interface name or address that is taken.",
 }
-_VARIABLES: Final = {
+VARIABLES: Final = {
     settings.RUN_DIR_VARIABLE: f"Which running VNet is meant; else {settings.DEFAULT_RUN_DIR}.",
     "TELEPORT_HOME": "Where credentials are read; else teleport_home, else ~/.tsh of the VNet user.",
     "NO_COLOR": "Set to anything: no colours.",
 }
-_FILES: Final = {
+FILES: Final = {
     "/etc/vnet/vnet.toml": "Configuration, see vnet.toml(5).",
     str(settings.DEFAULT_RUN_DIR): "Lock, control socket, sockets of the workers.",
     str(settings.DEFAULT_STATE_DIR): "Address book, IPv6 prefix, chosen IPv4 range.",
@@ -82,9 +82,11 @@ def _headed(name: str, date: str, body: Sequence[str]) -> str:
 
 
 def _overview(group: Any) -> list[str]:
-    names = {f"vnet-{name}(1)": _split(command.help)[0] for name, command in group.commands.items()}
+    names = {
+        f"vnet-{name}(1)": split_help(command.help)[0] for name, command in group.commands.items()
+    }
     return [
-        *_name("vnet", _split(group.help)[0]),
+        *_name("vnet", split_help(group.help)[0]),
         *_section("SYNOPSIS", _bold("vnet") + " COMMAND [OPTIONS] [ARGUMENTS]"),
         *_section("DESCRIPTION"),
         *_paragraph(
@@ -100,7 +102,7 @@ def _overview(group: Any) -> list[str]:
 
 
 def _command_page(name: str, command: Any) -> list[str]:
-    first, rest, examples = _split(command.help)
+    first, rest, examples = split_help(command.help)
     title = name.replace(" ", "-")
     body = [*_name(title, first)]
     subcommands = getattr(command, "commands", {})
@@ -110,7 +112,7 @@ def _command_page(name: str, command: Any) -> list[str]:
         )
         body += _section("DESCRIPTION", *_paragraph(first))
         for sub_name, sub in subcommands.items():
-            sub_first, sub_rest, sub_examples = _split(sub.help)
+            sub_first, sub_rest, sub_examples = split_help(sub.help)
             body += _subsection(f"{name} {sub_name}", *_paragraph(sub_first))
             for text in (*sub_rest, *(f"Example: {text}" for text in sub_examples)):
                 body += _paragraph(text)
@@ -193,10 +195,10 @@ def _read_keys(block: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _common() -> list[str]:
-    statuses = {str(int(status)): text for status, text in _STATUSES.items()}
+    statuses = {str(int(status)): text for status, text in STATUSES.items()}
     return [
-        *_section("ENVIRONMENT", *_list(_VARIABLES)),
-        *_section("FILES", *_list(_FILES)),
+        *_section("ENVIRONMENT", *_list(VARIABLES)),
+        *_section("FILES", *_list(FILES)),
         *_section("EXIT STATUS", *_list(statuses)),
     ]
 
@@ -204,7 +206,7 @@ def _common() -> list[str]:
 # -- what click knows of a command --
 
 
-def _split(help_text: str) -> tuple[str, list[str], list[str]]:
+def split_help(help_text: str) -> tuple[str, list[str], list[str]]:
     """First sentence, further paragraphs, examples."""
     paragraphs = [" ".join(part.split()) for part in help_text.split("\n\n")]
     texts, examples = [], []

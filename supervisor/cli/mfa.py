@@ -21,10 +21,13 @@ from supervisor.cli.browser import open_page
 from supervisor.cli.control_client import AskError, ask_status
 from supervisor.cli.dialog_keys import DialogKeys, FromKey
 from supervisor.cli.line_input import Line, LineInput
+from supervisor.cli.screen import ended_in_order
 from supervisor.exits import ExitStatus
 
 # Proxies come and go; their sockets are looked for this often.
 LOOK_SECONDS = 0.5
+# A proxy alone is back sooner than that.
+MISSED_LOOKS = 3
 # A proxy that is being replaced is back by then.
 START_SECONDS = 5.0
 # 64 that are numbered, `ssh`, and one that finishes beside its successor.
@@ -57,7 +60,9 @@ def run(run_dir: Path, *, watch: bool) -> ExitStatus:
         AskError: VNet is not running, or does not listen to this user.
     """
     try:
-        return asyncio.run(_Mfa(run_dir / p.PROMPTS_DIRECTORY, watch=watch).run())
+        # A terminal that hides what is typed must not stay like that.
+        with ended_in_order():
+            return asyncio.run(_Mfa(run_dir / p.PROMPTS_DIRECTORY, watch=watch).run())
     except KeyboardInterrupt:
         print()
         return ExitStatus.OK
@@ -73,6 +78,8 @@ class _Mfa:
         self._connections: dict[int, _Connection] = {}
         self._numbers = iter(range(sys.maxsize))
         self._was_heard = False
+        self._missed_looks = 0
+        self._has_told_of_restart = False
         self._input = LineInput(self._put)
         self._keys = DialogKeys(self._put)
 
@@ -183,9 +190,19 @@ class _Mfa:
                 self._input.took(event)
                 self._perform(self._dialog.line(text))
             case _Look():
-                await self._connect_new()
+                self._tell_of_restart(is_there=await self._connect_new())
             case FromKey():
                 self._perform(self._keys.take(self._dialog, event))
+
+    def _tell_of_restart(self, *, is_there: bool) -> None:
+        """Once each: that nobody is there to listen to, and that somebody is again."""
+        self._missed_looks = 0 if is_there else self._missed_looks + 1
+        if self._missed_looks == MISSED_LOOKS:
+            print("VNet is not running, or starts anew: waiting", flush=True)
+            self._has_told_of_restart = True
+        elif is_there and self._has_told_of_restart:
+            self._has_told_of_restart = False
+            print("VNet is there again; waiting for prompts", flush=True)
 
     def _perform(self, commands: list[d.Command]) -> None:
         for command in commands:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from supervisor import control_messages as cm
 from supervisor.cli.control_client import TIMEOUT_SECONDS, AskError, ask_status, order
+from supervisor.cli.progress import Progress
 from supervisor.exits import ExitStatus
 from supervisor.status import Status, WorkerStatus
 from supervisor.worker_states import WorkerState
@@ -23,8 +24,23 @@ def replace(run_dir: Path, worker: str, tell: Callable[[str], None]) -> ExitStat
     """Replaces a worker, or all; returns when the successors work. Raises AskError."""
     before = _present(ask_status(run_dir, cm.Status())[0])
     seconds = UPGRADE_SECONDS if worker == "all" else TIMEOUT_SECONDS
-    tell(order(run_dir, cm.Restart(worker=worker, drain=True), seconds).text)
+    with Progress("waiting for VNet"):
+        answer = order(run_dir, cm.Restart(worker=worker, drain=True), seconds)
+    tell(answer.text)
     wanted = [name for name in before if worker in ("all", name)]
+    with Progress("waiting for successors") as progress:
+
+        def tell_between(text: str) -> None:
+            progress.hide()
+            tell(text)
+
+        return _follow(run_dir, before, wanted, tell_between)
+
+
+def _follow(
+    run_dir: Path, before: dict[str, WorkerStatus], wanted: list[str], tell: Callable[[str], None]
+) -> ExitStatus:
+    """Returns when all that are wanted have successors. Raises AskError."""
     heard_at = moved_at = time.monotonic()
     while wanted:
         time.sleep(STEP_SECONDS)

@@ -19,6 +19,7 @@ from typing import Final
 
 import supervisor
 from supervisor import config, settings
+from supervisor.cli.progress import Progress
 from supervisor.exits import ExitStatus, MisconfiguredError
 from supervisor.osconfig import launchd, polkit_rule, repair_unit, systemd_unit
 from supervisor.osconfig.own_files import Comment, Origin, OwnFile, origin
@@ -356,9 +357,10 @@ def _command(*arguments: str) -> None:
     if shutil.which(arguments[0]) is None:
         raise ServiceError(ExitStatus.USAGE, f"{arguments[0]} is not installed here")
     try:
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
-        )
+        with Progress(" ".join(arguments)):
+            done = subprocess.run(
+                arguments, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+            )
     except subprocess.TimeoutExpired as error:
         raise ServiceError(
             ExitStatus.INTERNAL, f"{' '.join(arguments)}: no end after {COMMAND_SECONDS:g} s"

@@ -1,28 +1,66 @@
-"""`vnet status` for people: text that fits 80 columns. Pure."""
+"""`vnet status` for people: text that fits the terminal. Pure."""
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
 
-from supervisor.status import Status, WorkerStatus
+from ipc.messages import ClusterState
+from supervisor.cli.text import (
+    BOLD,
+    GREEN,
+    PLAIN,
+    RED,
+    YELLOW,
+    cut_middle,
+    padded,
+    printable,
+    wrapped,
+)
+from supervisor.cli.text import columns as text_columns
+from supervisor.status import Check, ClusterStatus, Health, SecurityStatus, Status, WorkerStatus
+from supervisor.worker_states import WorkerState
+
+T = TypeVar("T")
 
 _BYTES_PER_MEGABYTE = 1_000_000
+_GAP = "  "
+# Ranges and zones that a terminal shows; --json has all.
+_MAX_NAMES = 12
+_COLOURS: Final = {
+    Health.HEALTHY: GREEN,
+    Health.STARTING: YELLOW,
+    Health.DEGRADED: YELLOW,
+    Health.STOPPED: RED,
+}
 
 
-def lines(status: Status) -> Iterator[str]:
-    """The status as lines; what is not known to the asker is left out.
+def lines(status: Status, width: int | None = None, *, has_colour: bool = False) -> Iterator[str]:
+    """The status as lines of at most `width` columns (None: any); what is not known to the asker is left out.
 
     Workers and clusters have words in it: what moves a terminal's cursor is shown as a blank.
     """
-    for line in _lines(status):
-        yield "".join(c if c.isprintable() else " " for c in line)
-
-
-def _lines(status: Status) -> Iterator[str]:
-    yield f"VNet is {status.health}"
+    colour = _COLOURS[status.health] if has_colour else ""
+    yield f"{colour}VNet is {status.health}{PLAIN if colour else ''}"
     for reason in status.reasons:
-        yield f"  {reason}"
-    if status.supervisor is None:
-        return
+        yield from _wrapped(reason, width, indent="  ")
+    if status.health is Health.DEGRADED and status.reasons:
+        kinds = ", ".join(dict.fromkeys(status.reason_ids))
+        text = f"see docs/troubleshooting.md: {kinds}" if kinds else "see docs/troubleshooting.md"
+        yield from _wrapped(text, width, indent="  ")
+    if status.supervisor is not None:
+        for line in _details(status, width):
+            yield from _wrapped(line, width) if line else [""]
+        yield ""
+        yield from _table(_of_workers(status.workers or ()), width, has_colour=has_colour)
+        yield from _unconfined(status.workers or (), width)
+    if status.clusters:
+        yield ""
+        yield from _table(_of_clusters(status.clusters), width, has_colour=has_colour)
+
+
+def _details(status: Status, width: int | None) -> Iterator[str]:
+    """What is said in a line for each subject."""
+    assert status.supervisor is not None
     yield ""
     yield (
         f"version {status.supervisor.version}, process {status.supervisor.pid}, user"
@@ -30,51 +68,159 @@ def _lines(status: Status) -> Iterator[str]:
     )
     if status.network is not None:
         network = status.network
-        yield f"interface {network.interface}, ranges {', '.join(network.ipv4_cidr_ranges)}"
+        yield f"interface {network.interface}, ranges {_some(network.ipv4_cidr_ranges, width)}"
         yield f"DNS server {', '.join(network.dns_addresses)}"
-        yield f"zones {', '.join(network.dns_zones) or 'none'}"
+        yield f"zones {_some(network.dns_zones, width) or 'none'}"
     if status.connections is not None:
         counts = status.connections
         yield (
             f"connections {counts.active} active, {counts.total} in all, {counts.failed} refused,"
             f" {_megabytes(counts.bytes_sent)} sent, {_megabytes(counts.bytes_received)} received"
         )
-    yield ""
-    yield f"{'WORKER':<10}{'STATE':<10}{'PID':>8}{'RESTARTS':>10}{'UP':>10}{'MEMORY':>10}{'CPU':>8}"
-    for worker in status.workers or ():
-        yield _worker(worker)
-    yield from _unconfined(status.workers or ())
-    if status.clusters:
-        yield ""
-        yield f"{'CLUSTER':<24}{'STATE':<16}{'USER':<18}EXPIRES"
-        for cluster in status.clusters:
-            yield (
-                f"{cluster.name:<24}{cluster.state:<16}{cluster.user:<18}{cluster.expires or '-'}"
-            )
+    if status.security is not None and (told := ", ".join(_security(status.security))):
+        yield f"security: {told}"
+    for warning in status.warnings:
+        yield f"warning: {warning}"
 
 
-def _unconfined(workers: Sequence[WorkerStatus]) -> Iterator[str]:
+def _security(security: SecurityStatus) -> Iterator[str]:
+    """What is off, and what was refused."""
+    if security.user_check is Check.OFF:
+        yield "all users may connect"
+    if security.http_check is Check.OFF:
+        yield "HTTP requests are not checked"
+    elif number := len(security.http_unchecked):
+        yield f"HTTP requests to {number} {'app is' if number == 1 else 'apps are'} not checked"
+    if number := security.users_refused:
+        yield f"{number} {_plural('connection', number)} of users refused that may not connect"
+    if number := security.http_refused:
+        yield f"{number} HTTP {_plural('request', number)} refused"
+
+
+def _plural(noun: str, number: int) -> str:
+    return noun if number == 1 else f"{noun}s"
+
+
+def _some(names: Sequence[str], width: int | None) -> str:
+    """All of them, or on a terminal the first few and how many more."""
+    more = len(names) - _MAX_NAMES
+    if width is None or more <= 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:_MAX_NAMES])} and {more} more"
+
+
+def _wrapped(text: str, width: int | None, indent: str = "") -> list[str]:
+    clean = printable(text)
+    return [indent + clean] if width is None else wrapped(clean, width, indent=indent)
+
+
+def _unconfined(workers: Sequence[WorkerStatus], width: int | None) -> Iterator[str]:
     """A note for each part of the confinement that is not in force, with the workers it concerns."""
     names: dict[str, list[str]] = {}
     for worker in workers:
         for text in worker.confinement.missing if worker.confinement else ():
             names.setdefault(text, []).append(worker.name)
     for text, concerned in names.items():
-        yield from textwrap.wrap(f"note, {', '.join(concerned)}: {text}", 80)
+        yield from _wrapped(f"note, {', '.join(concerned)}: {text}", width)
 
 
-def _worker(worker: WorkerStatus) -> str:
-    up = "-" if worker.uptime_seconds is None else _duration(worker.uptime_seconds)
-    memory = "-" if worker.rss_bytes is None else _megabytes(worker.rss_bytes)
-    cpu = "-" if worker.cpu_percent is None else f"{worker.cpu_percent:.1f} %"
-    return (
-        f"{worker.name:<10}{worker.state:<10}{worker.pid or '-':>8}{worker.restarts:>10}"
-        f"{up:>10}{memory:>10}{cpu:>8}"
-    )
+# -- tables --
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """Cut to `least` columns at worst where there is no room, and left out if `need` is low; 0 is never."""
+
+    title: str
+    cells: Sequence[str]
+    least: int | None = None
+    need: int = 0
+    is_number: bool = False
+    warns: Sequence[bool] = ()
+
+
+def _of_workers(workers: Sequence[WorkerStatus]) -> list[_Column]:
+    return [
+        _Column("WORKER", [worker.name for worker in workers], least=9),
+        _Column(
+            "STATE",
+            [worker.state for worker in workers],
+            warns=[worker.state is not WorkerState.READY for worker in workers],
+        ),
+        _number("PID", [str(worker.pid or "-") for worker in workers], need=4),
+        _number("RESTARTS", [str(worker.restarts) for worker in workers], need=5),
+        _number("UP", [_known(worker.uptime_seconds, _duration) for worker in workers], need=3),
+        _number("MEMORY", [_known(worker.rss_bytes, _megabytes) for worker in workers], need=2),
+        _number("CPU", [_known(worker.cpu_percent, _percent) for worker in workers], need=1),
+    ]
+
+
+def _of_clusters(clusters: Sequence[ClusterStatus]) -> list[_Column]:
+    return [
+        _Column("CLUSTER", [cluster.name for cluster in clusters], least=16),
+        _Column(
+            "STATE",
+            [cluster.state for cluster in clusters],
+            warns=[cluster.state is not ClusterState.OK for cluster in clusters],
+        ),
+        _Column("USER", [cluster.user for cluster in clusters], least=8, need=1),
+        _Column("EXPIRES", [cluster.expires or "-" for cluster in clusters], need=2),
+    ]
+
+
+def _number(title: str, cells: Sequence[str], need: int) -> _Column:
+    return _Column(title, cells, need=need, is_number=True)
+
+
+def _known(value: T | None, shown: Callable[[T], str]) -> str:
+    return "-" if value is None else shown(value)
+
+
+def _table(columns: Sequence[_Column], width: int | None, *, has_colour: bool) -> Iterator[str]:
+    clean = [
+        replace(column, cells=[printable(cell) for cell in column.cells]) for column in columns
+    ]
+    widths = _fit(clean, width)
+    kept = [column for column in clean if column.title in widths]
+    header = _row(kept, widths, [column.title for column in kept])
+    yield f"{BOLD}{header}{PLAIN}" if has_colour else header
+    for index, cells in enumerate(zip(*(column.cells for column in kept), strict=True)):
+        row = _row(kept, widths, cells)
+        is_odd = any(column.warns[index] for column in kept if column.warns)
+        yield f"{YELLOW}{row}{PLAIN}" if has_colour and is_odd else row
+
+
+def _fit(columns: Sequence[_Column], width: int | None) -> dict[str, int]:
+    """The width of each column that is shown."""
+    left = list(columns)
+    while True:
+        widths = {c.title: max(map(text_columns, (c.title, *c.cells))) for c in left}
+        excess = 0 if width is None else sum(widths.values()) + len(_GAP) * (len(left) - 1) - width
+        for column in reversed(left):
+            if excess > 0 and column.least is not None:
+                taken = max(0, min(excess, widths[column.title] - column.least))
+                widths[column.title] -= taken
+                excess -= taken
+        needs = [column.need for column in left if column.need]
+        if excess <= 0 or not needs:
+            return widths
+        left = [column for column in left if column.need != min(needs)]
+
+
+def _row(columns: Sequence[_Column], widths: Mapping[str, int], cells: Sequence[str]) -> str:
+    shown = [
+        padded(cut_middle(cell, widths[c.title]), widths[c.title], is_number=c.is_number)
+        for c, cell in zip(columns, cells, strict=True)
+    ]
+    return _GAP.join(shown).rstrip()
 
 
 def _megabytes(count: int) -> str:
     return f"{count / _BYTES_PER_MEGABYTE:.1f} MB"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1f} %"
 
 
 def _duration(seconds: float) -> str:

@@ -282,7 +282,7 @@ def test_status_for_people_names_the_workers_and_fits_80_columns(bed):
 
 def test_another_user_sees_health_and_reasons_only(running):
     answer = as_nobody(lambda: json.loads(ask(running.directory / "run", Status())))
-    assert answer.keys() == {"schema", "health", "reasons"}
+    assert answer.keys() == {"schema", "health", "reasons", "reason_ids"}
     assert answer["health"] == "degraded"
 
 

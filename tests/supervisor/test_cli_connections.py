@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from run_fakes import FakeRun, settings
+from terminal import terminal
 
 from ipc import connection_list as c
 from ipc.connection_id import connection_id
@@ -488,12 +489,37 @@ def test_watching_in_a_terminal_draws_in_place(vnet, watch):
     assert len(rows) == 23
     assert all(row.endswith("\x1b[K") for row in rows)
     assert "reason 39" in frame
-    assert re.match(r"\.\.\. and \d+ lines more", rows[-1])
+    assert re.match(r"\.\.\. \d+ more lines: vnet connections", rows[-1])
     vnet.refuse(ledger, "the newest")
     watcher.read_until(r"the newest")
     vnet.stop_proxies()
     watcher.read_until(r"\x1b\[HVNet is not running")
     assert watcher.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_a_watch_gives_the_terminal_back(vnet, number):
+    ledger = vnet.proxy()
+    for count in range(40):
+        vnet.refuse(ledger, f"reason {count}")
+    with terminal("connections", "--watch", "--run-dir", str(vnet.run_dir), columns=40) as shown:
+        shown.wait_for(lambda display: "more lines: vnet connections" in display.text)
+        assert shown.display.modes == {"1049": True, "25": False, "7": False}
+        assert (shown.display.scrolled, shown.display.clipped) == (0, 0)
+        vnet.stop_proxies()
+        shown.wait_for(lambda display: display.rows[0].startswith("VNet is not running"))
+        assert "waiting" in shown.display.text
+        assert shown.end(number) == (0 if number == signal.SIGINT else 128 + number)
+        assert shown.display.modes == {"1049": False, "25": True, "7": True}
+        assert "Traceback" not in shown.raw
+
+
+def test_a_watch_as_json_leaves_the_terminal_alone(vnet):
+    vnet.proxy()
+    with terminal("connections", "--watch", "--json", "--run-dir", str(vnet.run_dir)) as shown:
+        shown.wait_for(lambda display: '"schema":1' in display.text)
+        shown.end()
+        assert "\x1b" not in shown.raw
 
 
 def test_watching_into_a_pipe_prints_the_tables_again(vnet, watch):

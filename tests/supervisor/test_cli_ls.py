@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from supervisor.cli import ls
+from supervisor.cli import ls, text
 from supervisor.cli.teleport_access import CommandError, find_access, run
 from workers.proxy.resource_rows import Kind, Row
 
@@ -97,10 +97,10 @@ def test_colour_is_for_terminals_that_take_it():
     coloured = list(ls.table([row()], 80, has_colour=True))
     assert coloured[0].startswith("\x1b[1m")
     assert coloured[0].endswith("\x1b[0m")
-    assert ls.wants_colour({"TERM": "xterm"})
-    assert not ls.wants_colour({"TERM": "xterm", "NO_COLOR": "1"})
-    assert ls.wants_colour({"TERM": "xterm", "NO_COLOR": ""})
-    assert not ls.wants_colour({"TERM": "dumb"})
+    assert text.wants_colour({"TERM": "xterm"})
+    assert not text.wants_colour({"TERM": "xterm", "NO_COLOR": "1"})
+    assert text.wants_colour({"TERM": "xterm", "NO_COLOR": ""})
+    assert not text.wants_colour({"TERM": "dumb"})
 
 
 def test_notes_name_what_they_are_about():
@@ -140,9 +140,9 @@ def test_a_default_configuration_of_somebody_else_is_no_obstacle(no_default, mon
 
 def test_a_wrong_configuration_is_one_line(tmp_path):
     config = tmp_path / "vnet.toml"
-    for text in (None, "colour = 1"):
-        if text is not None:
-            config.write_text(text)
+    for written in (None, "colour = 1"):
+        if written is not None:
+            config.write_text(written)
         with pytest.raises(CommandError) as caught:
             find_access(config, {})
         assert caught.value.status == 2

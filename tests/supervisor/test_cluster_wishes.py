@@ -214,7 +214,10 @@ def test_a_cluster_is_well_only_if_it_is_for_every_proxy():
     for views in ([[failing, other], [well, other]], [[well, other], [other, failing]]):
         found = clusters.combine([clusters.ClusterView(view, "") for view in views])
         assert sorted(c.state for c in found.clusters) == ["ok", "unreachable"]
-        assert [c.problem for c in found.clusters if c.problem] == [failing.problem]
+        [problem] = [c.problem for c in found.clusters if c.problem]
+        # With what to do, which the network does not say.
+        assert problem.startswith("root.test cannot be reached; ")
+        assert "vnet diag" in problem
     assert clusters.combine([first, clusters.ClusterView([], "")]) == first
 
 
@@ -225,3 +228,12 @@ def test_what_one_proxy_alone_finds_wrong_with_the_home_is_told():
     assert problem("", "", "cannot be written") == "cannot be written"
     assert problem("no profile", "", "cannot be written") == "no profile"
     assert problem("", "") == ""
+
+
+@pytest.mark.parametrize("length", [10, 500])
+def test_what_is_said_of_an_unreachable_cluster_ends_with_what_to_do_and_can_be_handed_over(length):
+    there = report(state=ClusterState.UNREACHABLE, problem="x" * length)
+    [found] = clusters.combine([clusters.ClusterView([there], "")]).clusters
+    assert found.problem.startswith("x" * 10)
+    assert found.problem.endswith("; VNet tries again, and vnet diag looks for the cause")
+    assert msgspec.json.decode(msgspec.json.encode(found), type=m.Cluster) == found

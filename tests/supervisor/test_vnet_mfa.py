@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -301,10 +302,12 @@ def test_a_watch_outlives_its_proxies(tmp_path):
         await terminal.expect("code (")
         await server.close()
         await terminal.expect("app pg in demo.test: given up")
+        await terminal.expect("VNet is not running, or starts anew: waiting")
         # As when the whole of VNet is started again.
         bed.directory.rmdir()
         bed.directory.mkdir()
         server = await bed.proxy("proxy-1")
+        await terminal.expect("VNet is there again")
         question = replace(QUESTION, id="q2", target="database orders")
         asked = bed.ask(server, question)
         await terminal.expect("database orders in demo.test waits")
@@ -314,6 +317,18 @@ def test_a_watch_outlives_its_proxies(tmp_path):
         await terminal.expect("database orders can be used now")
         terminal.type("\x03")
         assert await terminal.end() == 0
+
+    play(tmp_path, scene)
+
+
+def test_a_watch_that_is_terminated_ends_in_order(tmp_path):
+    async def scene(bed):
+        await bed.proxy()
+        terminal = await bed.terminal("--watch")
+        await terminal.expect("waiting for prompts")
+        terminal.process.send_signal(signal.SIGTERM)
+        assert await terminal.end() == 128 + signal.SIGTERM
+        assert "Traceback" not in terminal.text
 
     play(tmp_path, scene)
 

@@ -9,6 +9,12 @@ class OsConfigError(Exception):
     """The system's resolver is not set up. The text is one sentence that says what to do."""
 
 
+def said(error: OSError) -> str:
+    """What the system says, as a clause with the file it is about."""
+    words = error.strerror or str(error)
+    return words if error.filename is None else f"{error.filename}: {words}"
+
+
 class ResolverBackend(Protocol):
     """One way. Calls may block for seconds and come from one thread."""
 

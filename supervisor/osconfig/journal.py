@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from supervisor.osconfig.backend import OsConfigError
+from supervisor.osconfig.backend import OsConfigError, said
 from supervisor.osconfig.file_state import (
     FileKind,
     FileState,
@@ -103,6 +103,14 @@ class Undone:
 
     outcome: Outcome
     text: str
+
+
+def changed_by_others(path: Path) -> str:
+    """The sentence about a file of VNet's that is not as VNet has left it."""
+    return (
+        f"{path} was changed by another program: remove it and restart VNet, or choose another"
+        " dns.os_integration."
+    )
 
 
 # Undoes a call; raises OsConfigError or OSError.
@@ -196,7 +204,7 @@ class Journal:
         if change is None:
             change = self._begin(backend, path, now, data if instead is None else instead)
         elif not self._may_write(change, now, data):
-            raise ChangedByOthersError(f"{path} was changed by another program.")
+            raise ChangedByOthersError(changed_by_others(path))
         elif now.kind is FileKind.FILE and data == content == change.ours[-1]:
             return
         # What is there may be what `instead` takes the place of, or an earlier content of ours.
@@ -250,8 +258,15 @@ class Journal:
                 outcome = self._undo_one(change)
             except _LeftError as error:
                 outcome = Undone(Outcome.LEFT, str(error))
-            except (OsConfigError, OSError) as error:
+            except OsConfigError as error:
                 done.append(Undone(Outcome.FAILED, f"{_what(change)}: {error}"))
+                continue
+            except OSError as error:
+                text = (
+                    f"{_what(change)} cannot be undone ({said(error)}): mend that; VNet tries"
+                    " again, and so does vnet repair."
+                )
+                done.append(Undone(Outcome.FAILED, text))
                 continue
             self._changes.remove(change)
             self._save()

@@ -31,7 +31,7 @@ from supervisor.osconfig.dbus import (
     SystemBus,
     set_property,
 )
-from supervisor.osconfig.journal import Journal, Outcome
+from supervisor.osconfig.journal import Journal, Outcome, changed_by_others
 from supervisor.osconfig.resolv_conf import nameservers
 from supervisor.osconfig.wish import ResolverWish, without_own
 
@@ -128,11 +128,7 @@ class NetworkManagerBackend:
             return [complaint(error)]
         change = self._journal.find(self._drop_in)
         if change is not None and not self._journal.is_ours(change):
-            sentence = (
-                f"{self._drop_in} was changed by another program: remove it and restart VNet, or"
-                " choose another dns.os_integration."
-            )
-            return [sentence]
+            return [changed_by_others(self._drop_in)]
         return []
 
     def _take_back(self) -> None:

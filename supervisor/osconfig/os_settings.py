@@ -16,7 +16,7 @@ from typing import Final
 
 from supervisor.exits import ConflictError
 from supervisor.osconfig import macos_resolver, networkmanager, resolvconf_backend
-from supervisor.osconfig.backend import NoBackend, OsConfigError, ResolverBackend
+from supervisor.osconfig.backend import NoBackend, OsConfigError, ResolverBackend, said
 from supervisor.osconfig.bus_facts import BusFacts, dbus_facts
 from supervisor.osconfig.choose import Choice, Facts, choose
 from supervisor.osconfig.dbus import SystemBus, load_library
@@ -235,7 +235,7 @@ class OsSettings:
             choice = choose(self._wanted, self._look(journal))
         except Exception as error:  # whatever the system answers, VNet runs
             log.exception("the system cannot be asked for its resolver")
-            choice = Choice("none", (), f"The system's resolver cannot be set up: {error}.")
+            choice = Choice("none", (), _fault(error))
         self._attempt(lambda: self._use(choice, journal))
         log.info("the system's resolver: %s, because %s", choice.backend, "; ".join(choice.reasons))
         if choice.problem:
@@ -278,17 +278,29 @@ class OsSettings:
     def _attempt(self, work: Callable[[], None]) -> bool:
         try:
             work()
-        except (OsConfigError, OSError) as error:
+        except OsConfigError as error:
             text = str(error)
+        except OSError as error:
+            text = (
+                f"What the system's resolver reads cannot be changed ({said(error)}): mend that, or set"
+                ' dns.os_integration = "none".'
+            )
         except Exception as error:  # a fault in a back end must not end VNet
             log.exception("the system's resolver cannot be set up")
-            text = f"The system's resolver cannot be set up: {error}."
+            text = _fault(error)
         else:
             return True
         if [text] != self._trouble:
             log.warning("the system's resolver: %s", text)
         self._trouble = [text]
         return False
+
+
+def _fault(error: Exception) -> str:
+    return (
+        f"The system's resolver cannot be set up: {error}; report that, and set"
+        ' dns.os_integration = "none".'
+    )
 
 
 def tell(outcomes: list[Undone]) -> None:

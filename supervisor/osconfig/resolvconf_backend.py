@@ -192,7 +192,9 @@ def _run(program: Path, *arguments: str, stdin: str = "") -> str:
             f"{shown} has not ended after {COMMAND_SECONDS:g} s: run it by hand."
         ) from error
     except OSError as error:
-        raise OsConfigError(f"{shown} cannot be started ({error.strerror}).") from error
+        raise OsConfigError(
+            f"{shown} cannot be started ({error.strerror}): install it again, or restart VNet."
+        ) from error
     if done.returncode != 0:
         said = " ".join(done.stderr.decode(errors="replace").split())[:300]
         raise OsConfigError(

@@ -210,7 +210,9 @@ def test_a_file_of_ours_that_someone_changed_is_not_written_again(journal, tmp_p
     path = tmp_path / "file"
     journal.write("a", path, b"ours")
     path.write_bytes(b"theirs")
-    with pytest.raises(ChangedByOthersError):
+    with pytest.raises(
+        ChangedByOthersError, match=r"file was changed by .*: remove it and restart"
+    ):
         journal.write("a", path, b"ours again")
     [left] = journal.undo()
     assert left.outcome is Outcome.LEFT
@@ -228,7 +230,7 @@ def test_what_cannot_be_undone_now_is_tried_again(tmp_path):
     made.note("a", "call")
     [failed] = made.undo()
     assert failed.outcome is Outcome.FAILED
-    assert "not now" in failed.text
+    assert "cannot be undone (not now): mend that" in failed.text
     [done] = made.undo()
     assert done.outcome is Outcome.UNDONE
     made.close()

@@ -168,7 +168,9 @@ def test_what_fails_is_a_problem_and_is_tried_again(make, recorder):
     settings.want(wish("one.test"))
     wait_until(lambda: settings.problems == ["It cannot be done: do something."])
     recorder.error = RuntimeError("a fault")
-    wait_until(lambda: "a fault" in settings.problems[0])
+    wait_until(lambda: "a fault; report that" in settings.problems[0])
+    recorder.error = PermissionError(13, "Permission denied", "/etc/file")
+    wait_until(lambda: "(/etc/file: Permission denied): mend that" in settings.problems[0])
     recorder.error = None
     wait_until(lambda: recorder.said == [("one.test",)])
     wait_until(lambda: settings.problems == [])

@@ -22,7 +22,7 @@ from ipc.errors import (
 from ipc.messages import AnyMessage, Message
 from ipc.permits import Role
 
-# dns gets two sockets per address family; nobody gets more at once.
+# dns gets two sockets per address family and one to ask the kernel with; nobody gets more at once.
 MAX_DESCRIPTORS = 8
 # Room for one message of the largest size with the kernel's bookkeeping.
 _BUFFER_BYTES = codec.MAX_MESSAGE_BYTES + 16 * 1024

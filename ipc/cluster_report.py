@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ipc.codec import MAX_MESSAGE_BYTES
-from ipc.messages import Cluster, ClustersReported
+from ipc.messages import MAX_SAFE_TEXT, Cluster, ClustersReported
 
 # Room for the envelope; a single cluster with 200 zones of 253 characters still fits.
 PART_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
@@ -34,12 +34,24 @@ def split(clusters: Sequence[Cluster], problem: str) -> list[ClustersReported]:
         left -= size
     if len(parts) > MAX_PARTS:
         excess = sum(map(len, parts[MAX_PARTS:]))
-        problem = problem or f"{excess} clusters are too many and ignored"
+        problem = problem or (
+            f"{excess} clusters are too many and ignored: run tsh logout --proxy=<address> for profiles"
+            " that you do not need"
+        )
         del parts[MAX_PARTS:]
+    problem = _fitting(problem)
     return [
         ClustersReported(clusters=part, problem=problem, part=number, parts=len(parts))
         for number, part in enumerate(parts)
     ]
+
+
+def _fitting(problem: str) -> str:
+    """As much of a sentence as a message takes: the path in its middle may be as long as it likes."""
+    if len(problem) <= MAX_SAFE_TEXT:
+        return problem
+    half = MAX_SAFE_TEXT // 2
+    return f"{problem[: half - 3]}...{problem[-half:]}"
 
 
 class Assembly:

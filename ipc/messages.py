@@ -23,7 +23,8 @@ Id: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=253)]
 # One sentence for a log line or the status page; never a traceback, never a secret.
-SafeText: TypeAlias = Annotated[str, Meta(max_length=500)]
+MAX_SAFE_TEXT = 500
+SafeText: TypeAlias = Annotated[str, Meta(max_length=MAX_SAFE_TEXT)]
 # CIDR notation, "100.64.0.0/10" or "fd00::/64".
 Range: TypeAlias = Annotated[str, Meta(min_length=3, max_length=64)]
 Slot: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z]+(-[0-9]+)?\Z")]
@@ -180,6 +181,33 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
     ipv6_prefix: PackedAddress | None  # 16 bytes, the last 8 zero: a /64
     tun_ipv6: PackedAddress | None
     dns_ipv6: PackedAddress | None
+    # Networks whose packets the host may forward to the device: containers, virtual machines.
+    forwarded_from: Annotated[list[Range], Meta(max_length=100)] = []
+
+
+class Access(msgspec.Struct, frozen=True, kw_only=True):
+    """Which users of this machine may connect.
+
+    `user` is the name of the VNet user, for sentences. `resolvers` may only ask for names: the system's
+    resolvers, which ask for everybody. `interface` is the index of the device whose packets are asked
+    about. Without `can_tell` this system does not say who connects, and nobody may; without
+    `is_checked` everybody may.
+    """
+
+    uids: Annotated[list[Count], Meta(max_length=10_000)]
+    user: Annotated[str, Meta(max_length=256)] = ""
+    resolvers: Annotated[list[Count], Meta(max_length=100)] = []
+    interface: Count = 0
+    can_tell: bool = True
+    is_checked: bool = True
+
+
+class HttpRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Which HTTP requests pass, by lower-case DNS name of the app; `"*"` is anything."""
+
+    is_checked: bool = True
+    hosts: dict[Name, list[str]] = {}
+    origins: dict[Name, list[str]] = {}
 
 
 class Upstream(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,22 +258,26 @@ class ConfigureTun(Message, frozen=True, tag=True):
 class ConfigureDns(Message, frozen=True, tag=True):
     """First message to dns. Descriptors: bound UDP sockets, then bound TCP sockets (listening).
 
-    One UDP and one TCP socket per DNS address, IPv4 first.
+    One UDP and one TCP socket per DNS address, IPv4 first. On Linux then a netlink socket of its own,
+    which tells who asks (`ipc.socket_owner`).
     """
 
     common: Common
     network: Network
     upstream: list[Upstream]
     ttl_seconds: int
+    access: Access = Access(uids=[])
 
 
 class ConfigureProxy(Message, frozen=True, tag=True):
-    """First message to a proxy. No descriptors; listeners follow as ListenerOpened."""
+    """First message to a proxy; listeners follow as ListenerOpened.
+
+    Descriptors: on Linux a netlink socket of its own, which tells who connects (`ipc.socket_owner`).
+    """
 
     common: Common
     network: Network
     teleport_home: str
-    user_home: str
     book_path: str
     prompts_dir: str  # of the sockets for `vnet mfa`
     max_connections: int
@@ -253,6 +285,53 @@ class ConfigureProxy(Message, frozen=True, tag=True):
     ca_file: str
     insecure: bool
     mfa_seconds: float  # that a user has for a second factor
+    http: HttpRules = HttpRules()
+    access: Access = Access(uids=[])
+
+
+class ConfigureMetrics(Message, frozen=True, tag=True):
+    """First message to metrics. Descriptors: [listening socket]; a MetricsSnapshot follows."""
+
+    common: Common
+
+
+class WorkerFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker slot: memory of all its processes, CPU of those that have ended as well."""
+
+    slot: Slot
+    is_up: bool
+    restarts: Count
+    heartbeat_age_seconds: Annotated[float, Meta(ge=0)] | None
+    resident_bytes: Count
+    cpu_seconds: Annotated[float, Meta(ge=0)]
+
+
+class ClusterFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One cluster of one profile. `expires` is Unix time, or None without a login."""
+
+    name: Annotated[str, Meta(max_length=253)]
+    profile: Annotated[str, Meta(max_length=253)]
+    state: "ClusterState"
+    expires: float | None
+
+
+class MetricsSnapshot(Message, frozen=True, tag=True):
+    """Everything that metrics serves, as it was at `taken_at` (Unix time, like `started_at`).
+
+    `counters` are those of `ipc.counters`, of all processes, ended ones included.
+    """
+
+    taken_at: float
+    started_at: float
+    version: Annotated[str, Meta(max_length=100)]
+    health: Annotated[str, Meta(max_length=32)]
+    resident_bytes: Count  # the supervisor's own
+    cpu_seconds: Annotated[float, Meta(ge=0)]
+    workers: Annotated[list[WorkerFigures], Meta(max_length=100)]
+    # Of `cluster_count` clusters so many at most: each is a time series for whoever collects them.
+    clusters: Annotated[list[ClusterFigures], Meta(max_length=100)]
+    cluster_count: Count
+    counters: Annotated[dict[Annotated[str, Meta(max_length=64)], Count], Meta(max_length=500)]
 
 
 class NetworkChanged(Message, frozen=True, tag=True):
@@ -275,6 +354,13 @@ class UpstreamChanged(Message, frozen=True, tag=True):
     """The operating system's nameservers changed."""
 
     upstream: list[Upstream]
+
+
+class SecurityChanged(Message, frozen=True, tag=True):
+    """Who may connect, and how. dns gets it for `access` alone."""
+
+    access: Access
+    http: HttpRules
 
 
 class NamesChanged(Message, frozen=True, tag=True):
@@ -448,9 +534,12 @@ SupervisorToWorker: TypeAlias = (
     ConfigureTun
     | ConfigureDns
     | ConfigureProxy
+    | ConfigureMetrics
+    | MetricsSnapshot
     | NetworkChanged
     | RedirectsChanged
     | UpstreamChanged
+    | SecurityChanged
     | NamesChanged
     | ListenerOpened
     | ListenerRefused

@@ -61,14 +61,21 @@ SAID: Final[dict[tuple[Stage, MessageType], Stage]] = {
     **{(_S.HANDED_OVER, kind): _S.HANDED_OVER for kind in _ANY_TIME},
 }
 
-_CONFIGURATIONS: Final[tuple[MessageType, ...]] = (m.ConfigureTun, m.ConfigureDns, m.ConfigureProxy)
+_CONFIGURATIONS: Final[tuple[MessageType, ...]] = (
+    m.ConfigureTun,
+    m.ConfigureDns,
+    m.ConfigureProxy,
+    m.ConfigureMetrics,
+)
 _NEWS: Final[tuple[MessageType, ...]] = (
     m.NetworkChanged,
     m.RedirectsChanged,
     m.UpstreamChanged,
+    m.SecurityChanged,
     m.NamesChanged,
     m.ListenerOpened,
     m.ListenerRefused,
+    m.MetricsSnapshot,
     m.SetLogLevel,
     m.Stop,
 )
@@ -104,7 +111,7 @@ def after_being_told(duty: Duty, message: m.Message) -> Duty:
     if following is None:
         raise ForbiddenMessageError(f"{type(message).__name__} came while this worker was {duty}")
     match message:
-        case m.ConfigureTun() | m.ConfigureDns() | m.ConfigureProxy():
+        case m.ConfigureTun() | m.ConfigureDns() | m.ConfigureProxy() | m.ConfigureMetrics():
             return Duty.STANDBY if message.common.is_standby else following
         case _:
             return following

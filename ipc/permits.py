@@ -18,6 +18,7 @@ class Role(StrEnum):
     TUN = "tun"
     DNS = "dns"
     PROXY = "proxy"
+    METRICS = "metrics"
 
 
 def role_of(slot: str) -> Role:
@@ -52,6 +53,7 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.NetworkChanged,
             m.UpstreamChanged,
             m.NamesChanged,
+            m.SecurityChanged,
             m.SetLogLevel,
             m.Drain,
             m.TakeOver,
@@ -62,6 +64,7 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
         {
             m.ConfigureProxy,
             m.NetworkChanged,
+            m.SecurityChanged,
             m.ListenerOpened,
             m.ListenerRefused,
             m.SetLogLevel,
@@ -70,6 +73,10 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.Stop,
         }
     ),
+    (Role.SUPERVISOR, Role.METRICS): frozenset(
+        {m.ConfigureMetrics, m.MetricsSnapshot, m.SetLogLevel, m.Drain, m.TakeOver, m.Stop}
+    ),
+    (Role.METRICS, Role.SUPERVISOR): frozenset({m.Confined, m.Ready, m.HandedOver, m.Heartbeat}),
     (Role.TUN, Role.SUPERVISOR): frozenset(
         {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.PeerMisbehaved}
     ),

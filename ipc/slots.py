@@ -5,6 +5,8 @@
 
 `ssh` is a proxy like the others. It is a process of its own because SSH is decrypted and encrypted
 again in Python: beside it connections to apps would have half of their speed.
+
+`metrics` is there when metrics are served. No connection depends on it.
 """
 
 from typing import Final
@@ -12,6 +14,7 @@ from typing import Final
 from ipc.addresses import owner_of_address
 
 SSH: Final = "ssh"
+METRICS: Final = "metrics"
 SSH_PORT: Final = 22  # RFC 4250 section 5
 
 

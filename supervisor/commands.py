@@ -7,7 +7,7 @@ from typing import assert_never
 import msgspec
 
 from ipc.messages import SetLogLevel
-from supervisor import config, next_start, reload_plan, settings
+from supervisor import access, config, next_start, reload_plan, settings
 from supervisor import control_messages as cm
 from supervisor.control import Promise
 from supervisor.crew import CannotReplaceError
@@ -37,14 +37,20 @@ class Commands:
         is_allowed = uid in (0, os.geteuid(), self._supervisor.settings.user.uid)
         if isinstance(request, cm.Status):
             whole = self._reporter.collect(os.getpid())
-            shown = whole if is_allowed else Summary(health=whole.health, reasons=whole.reasons)
+            summary = Summary(
+                health=whole.health, reasons=whole.reasons, reason_ids=whole.reason_ids
+            )
+            shown = whole if is_allowed else summary
             return cm.encode(shown) + b"\n"
         if not is_allowed:
             return _answer(
                 ExitStatus.NOT_PERMITTED,
-                f"only root and {self._supervisor.settings.user.name} may do that: run it with sudo",
+                f"only {self._owners()} may do that: run it with sudo",
             )
         return self._carry_out(request)
+
+    def _owners(self) -> str:
+        return " and ".join(dict.fromkeys(("root", self._supervisor.settings.user.name)))
 
     def judge(self) -> tuple[Health, list[str]]:
         """Health and its reasons now."""
@@ -55,6 +61,7 @@ class Commands:
         supervisor = self._supervisor
         try:
             new = config.read(supervisor.settings.config_path)
+            access.check(new.security)
         except MisconfiguredError as error:
             return f"the configuration is wrong and was not taken over: {error}"
         planned = reload_plan.plan(supervisor.settings.config, new)

@@ -7,12 +7,19 @@ types, impossible values.
 import re
 import tomllib
 from collections.abc import Callable, Iterator
-from ipaddress import AddressValueError, IPv4Network, ip_address, ip_network
+from ipaddress import (
+    AddressValueError,
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    ip_address,
+)
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from supervisor import forwarded_values, http_names
 from supervisor.exits import MisconfiguredError
 
 DEFAULT_PATH = Path("/etc/vnet/vnet.toml")
@@ -77,12 +84,18 @@ class SupervisorConfig(_Section, frozen=True):
 
 
 class SecurityConfig(_Section, frozen=True):
-    """Who besides the VNet user and root may connect."""
+    """Who besides the VNet user and root may connect, and which HTTP requests pass.
+
+    `http_hosts` and `http_origins` say by DNS name of an app what is right beside the name itself; `"*"`
+    is anything.
+    """
 
     allow_users: list[str] = []
     allow_groups: list[str] = []
     allow_forwarded_from: list[str] = []
+    http_check: bool = True
     http_hosts: dict[str, list[str]] = {}
+    http_origins: dict[str, list[str]] = {}
 
 
 class MetricsConfig(_Section, frozen=True):
@@ -238,15 +251,17 @@ def _checks(config: Config) -> Iterator[_Check]:
         lambda seconds: seconds > supervisor.heartbeat_seconds,
         "must be more than supervisor.heartbeat_seconds",
     )
-    for index, text in enumerate(security.allow_forwarded_from):
-        yield (
-            f"security.allow_forwarded_from[{index}]",
-            text,
-            lambda value: bool(ip_network(value)),
-            "must be a network",
-        )
+    yield from forwarded_values.checks(
+        security.allow_forwarded_from, network.ipv4_cidr_range, DEFAULT_RANGE
+    )
+    yield from http_names.checks(security.http_hosts, security.http_origins)
     if config.metrics.listen:
-        yield "metrics.listen", config.metrics.listen, _is_host_port, "must be host:port"
+        yield (
+            "metrics.listen",
+            config.metrics.listen,
+            lambda text: bool(split_listen(text)),
+            "must be host:port, the host being an address or localhost",
+        )
 
 
 def _between(low: float, high: float) -> Callable[[float], bool]:
@@ -285,6 +300,19 @@ def _is_server(text: str) -> bool:
     return bool(split_server(text))
 
 
-def _is_host_port(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return bool(host and colon) and port.isdigit() and 0 <= int(port) < 65536
+def split_listen(text: str) -> tuple[str, int]:
+    """`address:port`, `[IPv6 address]:port` or `localhost:port` as (address, port).
+
+    Names are not looked up: that may take long, and their addresses change.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)|localhost):([0-9]{1,5})", text)
+    if match is None:
+        raise AddressValueError(f"{text!r} is no address with a port")
+    ipv6, ipv4, port = match.groups()
+    address = str(IPv6Address(ipv6)) if ipv6 else str(IPv4Address(ipv4 or "127.0.0.1"))
+    if not 0 < int(port) < 65536:
+        raise AddressValueError(f"{port} is no port")
+    return address, int(port)

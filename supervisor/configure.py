@@ -7,7 +7,8 @@ from pathlib import Path
 from ipc import messages as m
 from ipc.curve import make_key_pair
 from ipc.permits import Role, role_of
-from ipc.slots import SSH, of_numbered, of_proxies
+from ipc.slots import METRICS, SSH, of_numbered, of_proxies
+from supervisor.config import Config
 from supervisor.settings import Settings
 
 # Of one message; the largest fits into one datagram (`ipc.codec`).
@@ -18,6 +19,12 @@ MAX_PENDING = 1024
 # a person has at most 110 s to give (`supervisor.config`); Linux repeats a SYN for 127 s. Without a person everything has shorter
 # limits of its own (`workers.proxy.admission`).
 PENDING_SECONDS = 120.0
+
+
+# Nobody may connect.
+_NOBODY = m.Access(uids=[])
+# Of who takes no part in the bus.
+_NO_KEYS = m.BusKeys(public="-" * 40, secret="-" * 40, peers={})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +40,11 @@ class Surroundings:
     max_listeners: int = 1  # of each proxy
     data_plane: m.DataPlaneKind = m.DataPlaneKind.NAMESPACE
     has_family_header: bool = False
+    access: m.Access = _NOBODY
 
 
 def slots(proxies: int) -> list[str]:
-    """All worker slots in the order in which they are started."""
+    """The slots of all workers that VNet cannot be without, in the order in which they are started."""
     return ["tun", *of_proxies(proxies), "dns"]
 
 
@@ -60,14 +68,14 @@ def configuration(
     log_level: str,
     *,
     is_standby: bool = False,
-) -> m.ConfigureTun | m.ConfigureDns | m.ConfigureProxy:
+) -> m.ConfigureTun | m.ConfigureDns | m.ConfigureProxy | m.ConfigureMetrics:
     """The configuration of one worker."""
     config = settings.config
     common = m.Common(
         slot=slot,
         proxies=config.proxy.workers,
         bus_dir=str(around.bus_dir),
-        keys=around.keys[slot],
+        keys=_NO_KEYS if slot == METRICS else around.keys[slot],
         heartbeat_seconds=config.supervisor.heartbeat_seconds,
         log_level=log_level,
         is_standby=is_standby,
@@ -88,13 +96,15 @@ def configuration(
                 network=around.network,
                 upstream=around.upstream,
                 ttl_seconds=config.dns.ttl_seconds,
+                access=around.access,
             )
+        case Role.METRICS:
+            return m.ConfigureMetrics(common=common)
         case _:
             return m.ConfigureProxy(
                 common=common,
                 network=around.network,
                 teleport_home=str(settings.teleport_home),
-                user_home=str(settings.user.home),
                 book_path=str(around.book_path),
                 prompts_dir=str(around.prompts_dir),
                 max_listeners=around.max_listeners,
@@ -102,7 +112,19 @@ def configuration(
                 ca_file=expand(config.teleport.ca_file, settings.user.home),
                 insecure=config.teleport.insecure,
                 mfa_seconds=config.teleport.mfa_seconds,
+                http=http_rules(config),
+                access=around.access,
             )
+
+
+def http_rules(config: Config) -> m.HttpRules:
+    """Which HTTP requests pass, as proxies are told it."""
+    security = config.security
+    return m.HttpRules(
+        is_checked=security.http_check,
+        hosts=security.http_hosts,
+        origins=security.http_origins,
+    )
 
 
 def redirects(table: Sequence[m.Redirect]) -> Iterator[m.RedirectsChanged]:

@@ -68,7 +68,7 @@ class Crew:
 
     def is_active(self, worker: Worker) -> bool:
         """Whether this is the present worker of its slot."""
-        return self.active[worker.slot] is worker
+        return self.active.get(worker.slot) is worker
 
     def waits(self, worker: Worker) -> bool:
         """Whether a worker that starts now has to wait for another to hand over."""
@@ -119,6 +119,12 @@ class Crew:
                 worker.order_stop(now)
         if (standby := self.standbys.pop(slot, None)) is not None:
             self._leave(standby, now)
+
+    def dismiss(self, slot: str, now: float) -> None:
+        """Ends all processes of a slot that is not wanted any more, if there is one."""
+        if slot in self.active:
+            self.give_up_on(slot, now)
+            self._leave(self.active.pop(slot), now)
 
     # -- what happens --
 

@@ -118,6 +118,17 @@ class KeptReport(_Part, frozen=True, kw_only=True):
     problem: str
 
 
+class KeptMetrics(_Part, frozen=True, kw_only=True):
+    """Where metrics are served: `supervisor.metrics_endpoint.MetricsEndpoint`. CPU time by slot.
+
+    `started_at` is Unix time as it was told, or None if it never was.
+    """
+
+    descriptor: int
+    cpu_milliseconds: dict[str, int] = {}
+    started_at: float | None = None
+
+
 class KeptLog(_Part, frozen=True, kw_only=True):
     """The lines for `vnet logs`; `name` and `last` are the book's name and its last number."""
 
@@ -144,8 +155,10 @@ class Handover(_Part, frozen=True, kw_only=True):
     reports: dict[str, KeptReport] = {}
     known_clusters: list[Cluster] = []
     past_counters: dict[str, int] = {}
+    metrics: KeptMetrics | None = None
     started_at: float
     were_ready: bool
+    was_healthy: bool = False
     log_level: str
     log: KeptLog = KeptLog()
 
@@ -155,6 +168,8 @@ class Handover(_Part, frozen=True, kw_only=True):
         yield from (self.lock, self.control, devices.outer)
         yield from (part for part in (devices.inner, devices.namespace) if part is not None)
         yield from devices.dns
+        if self.metrics is not None:
+            yield self.metrics.descriptor
         yield from (listener.descriptor for listener in self.listeners)
         for worker in (*self.workers, *self.leavers):
             if (process := worker.process) is not None:

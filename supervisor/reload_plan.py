@@ -28,7 +28,7 @@ class Effect(StrEnum):
 _REPLACED: Final[dict[Effect, frozenset[Role]]] = {
     Effect.REPLACES_DNS: frozenset({Role.DNS}),
     Effect.REPLACES_PROXIES: frozenset({Role.PROXY}),
-    Effect.REPLACES_ALL: frozenset({Role.TUN, Role.PROXY, Role.DNS}),
+    Effect.REPLACES_ALL: frozenset({Role.TUN, Role.PROXY, Role.DNS, Role.METRICS}),
 }
 
 EFFECTS: Final[dict[Key, Effect]] = {
@@ -52,11 +52,13 @@ EFFECTS: Final[dict[Key, Effect]] = {
     ("supervisor", "heartbeat_seconds"): Effect.REPLACES_ALL,
     ("supervisor", "hang_seconds"): Effect.AT_ONCE,
     ("supervisor", "drain_seconds"): Effect.AT_ONCE,
-    ("security", "allow_users"): Effect.RESTART,
-    ("security", "allow_groups"): Effect.RESTART,
-    ("security", "allow_forwarded_from"): Effect.RESTART,
-    ("security", "http_hosts"): Effect.RESTART,
-    ("metrics", "listen"): Effect.RESTART,
+    ("security", "allow_users"): Effect.AT_ONCE,
+    ("security", "allow_groups"): Effect.AT_ONCE,
+    ("security", "allow_forwarded_from"): Effect.AT_ONCE,
+    ("security", "http_check"): Effect.AT_ONCE,
+    ("security", "http_hosts"): Effect.AT_ONCE,
+    ("security", "http_origins"): Effect.AT_ONCE,
+    ("metrics", "listen"): Effect.AT_ONCE,
 }
 
 

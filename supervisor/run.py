@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ipc.messages import DataPlaneKind, Network, SetLogLevel
+from ipc.messages import Access, DataPlaneKind, Network, SetLogLevel
 from supervisor.clusters import ClusterView
 from supervisor.control import Promise
 from supervisor.log_book import LogBook
@@ -71,8 +71,38 @@ class ObservedRun(Protocol):
         ...
 
     @property
+    def access(self) -> Access:
+        """Which users may connect."""
+        ...
+
+    @property
+    def access_problems(self) -> Sequence[str]:
+        """Sentences about why nobody may connect."""
+        ...
+
+    @property
+    def access_warnings(self) -> Sequence[str]:
+        """Sentences about others who may connect than was meant."""
+        ...
+
+    @property
+    def forwarding_warnings(self) -> Sequence[str]:
+        """Sentences about networks in `security.allow_forwarded_from` that are not in force."""
+        ...
+
+    @property
+    def metrics_problems(self) -> Sequence[str]:
+        """Sentences about why metrics are not served."""
+        ...
+
+    @property
     def were_ready(self) -> bool:
-        """Whether all workers have been ready once."""
+        """Whether all workers that connections need have been ready once."""
+        ...
+
+    @property
+    def was_healthy(self) -> bool:
+        """Whether VNet has been healthy once."""
         ...
 
     @property

@@ -42,6 +42,7 @@ WORKER_MODULES = {
     Role.TUN: "workers.tun.worker",
     Role.DNS: "workers.dns.worker",
     Role.PROXY: "workers.proxy.worker",
+    Role.METRICS: "workers.metrics.worker",
 }
 # What one of several workers with the same program needs beside it.
 MORE_MODULES = {SSH: ("workers.proxy.ssh.housekeeping", "workers.proxy.ssh.opening")}
@@ -53,8 +54,9 @@ DUMP_SIGNAL = signal.SIGUSR1
 CRASHED = 70
 # Connections need two descriptors each, queries in flight one.
 MAX_FILES = 65536
-# dns needs few, and as many connections to a proxy's bus would leave that one without any.
-MAX_FILES_OF = {Role.TUN: MAX_FILES, Role.DNS: 8192, Role.PROXY: MAX_FILES}
+# dns needs few, and as many connections to a proxy's bus would leave that one without any; metrics has
+# few connections.
+MAX_FILES_OF = {Role.TUN: MAX_FILES, Role.DNS: 8192, Role.PROXY: MAX_FILES, Role.METRICS: 256}
 
 
 @dataclass(frozen=True, slots=True)

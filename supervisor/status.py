@@ -7,10 +7,13 @@ from typing import Final
 import msgspec
 
 from ipc.messages import Cluster, ClusterState, DataPlaneKind
+from ipc.slots import METRICS
 from supervisor.exits import ExitStatus
 from supervisor.worker_states import WorkerState
 
 SCHEMA: Final = 1
+# Clusters that are named in one reason.
+_MAX_AWAITED: Final = 5
 
 
 class Health(StrEnum):
@@ -114,17 +117,45 @@ class ConnectionsStatus(_Part, frozen=True):
     bytes_received: int
 
 
+class Check(StrEnum):
+    """Whether something is looked at."""
+
+    ON = "on"
+    OFF = "off"
+
+
+class SecurityStatus(_Part, frozen=True):
+    """Who may connect, and which HTTP requests pass.
+
+    `http_unchecked` names the apps whose requests all pass. What was refused is counted since the start.
+    """
+
+    user_check: Check
+    http_check: Check
+    http_unchecked: list[str]
+    users_refused: int
+    http_refused: int
+
+
 class Status(_Part, frozen=True, kw_only=True):
-    """The whole answer. Others than root and the VNet user get health and reasons only."""
+    """The whole answer. Others than root and the VNet user get health and reasons only.
+
+    `warnings` say what works otherwise than it was meant; health does not follow from them.
+    `reason_ids` has the kind of each reason, in the same order (docs/troubleshooting.md); a later
+    version may know more kinds.
+    """
 
     schema: int = SCHEMA
     health: Health
     reasons: list[str]
+    reason_ids: list[str] = []
     supervisor: SupervisorStatus | None = None
     workers: list[WorkerStatus] | None = None
     network: NetworkStatus | None = None
     clusters: list[ClusterStatus] | None = None
     connections: ConnectionsStatus | None = None
+    security: SecurityStatus | None = None
+    warnings: list[str] = []
 
 
 class Summary(_Part, frozen=True, kw_only=True):
@@ -133,6 +164,7 @@ class Summary(_Part, frozen=True, kw_only=True):
     schema: int = SCHEMA
     health: Health
     reasons: list[str]
+    reason_ids: list[str] = []
 
 
 def judge(
@@ -140,21 +172,27 @@ def judge(
     clusters: Sequence[Cluster],
     *,
     clusters_are_known: bool,
+    awaited: Sequence[str] = (),
     were_ready: bool,
     other_reasons: Iterable[str],
 ) -> tuple[Health, list[str]]:
     """Health and its reasons; each is a sentence that says what to do.
 
     `were_ready` says whether all workers have been ready once, `clusters_are_known` whether a
-    proxy has reported.
+    proxy has reported, `awaited` names the clusters whose first answer is waited for.
     """
     reasons = [*_worker_reasons(workers, were_ready=were_ready)]
     reasons += [cluster.problem for cluster in clusters if cluster.problem]
     reasons += other_reasons
-    if not were_ready and all(w.state is not WorkerState.FAILED for w in workers):
+    # Nobody waits for metrics.
+    needed = [worker for worker in workers if worker.name != METRICS]
+    if not were_ready and all(w.state is not WorkerState.FAILED for w in needed):
         return Health.STARTING, reasons or ["The workers are starting: wait."]
     if not clusters_are_known and not reasons:
         return Health.STARTING, ["The Teleport profiles are being read: wait."]
+    if awaited and not reasons:
+        shown = ", ".join(map(repr, awaited[:_MAX_AWAITED]))
+        return Health.STARTING, [f"First answers of clusters are due ({shown}): wait."]
     return (Health.DEGRADED if reasons else Health.HEALTHY), list(dict.fromkeys(reasons))
 
 
@@ -168,7 +206,7 @@ def _worker_reasons(workers: Sequence[WorkerStatus], *, were_ready: bool) -> Ite
             )
         elif worker.state is WorkerState.BACKOFF:
             yield f"The worker {worker.name} {ended} and is restarted in a moment: wait."
-        elif were_ready and worker.state is not WorkerState.READY:
+        elif were_ready and worker.state is not WorkerState.READY and worker.name != METRICS:
             yield f"The worker {worker.name} is {worker.state}: wait."
 
 

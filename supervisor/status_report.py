@@ -10,12 +10,20 @@ from ipc.permits import Role, role_of
 from supervisor import status
 from supervisor.clusters import ClusterView
 from supervisor.network import dns_addresses
+from supervisor.reasons import reason_ids
 from supervisor.run import ObservedRun
 from supervisor.settings import version
 from supervisor.worker import LastExit, Worker
 
 # What proxies count that is shown over the death of each.
-TOTALS = ("connections_total", "connections_failed", "bytes_sent", "bytes_received")
+TOTALS = (
+    "connections_total",
+    "connections_failed",
+    "bytes_sent",
+    "bytes_received",
+    "refused_users",
+    "http_refused",
+)
 
 
 class StatusReporter:
@@ -33,10 +41,12 @@ class StatusReporter:
             _worker(worker, now, *self._measures(worker)) for worker in supervisor.workers.values()
         ]
         health, reasons = self._judge(workers)
+        report = supervisor.cluster_report()
         workers += [_worker(worker, now, *self._measures(worker)) for worker in supervisor.others]
         return status.Status(
             health=health,
             reasons=reasons,
+            reason_ids=reason_ids(reasons, report.clusters if report else ()),
             supervisor=status.SupervisorStatus(
                 pid=pid,
                 version=version(),
@@ -45,8 +55,10 @@ class StatusReporter:
             ),
             workers=workers,
             network=_network(supervisor),
-            clusters=_clusters(supervisor.cluster_report()),
+            clusters=_clusters(report),
             connections=self._connections(),
+            security=self._security(),
+            warnings=[*supervisor.access_warnings, *supervisor.forwarding_warnings],
         )
 
     def judge(self) -> tuple[status.Health, list[str]]:
@@ -60,6 +72,8 @@ class StatusReporter:
             workers,
             report.clusters if report else [],
             clusters_are_known=report is not None,
+            # A later login or a proxy that is started again makes no health check fail.
+            awaited=report.awaited if report and not self._supervisor.was_healthy else (),
             were_ready=self._supervisor.were_ready,
             other_reasons=_other_reasons(self._supervisor, report),
         )
@@ -90,13 +104,7 @@ class StatusReporter:
         return [*self._supervisor.workers.values(), *self._supervisor.others]
 
     def _connections(self) -> status.ConnectionsStatus:
-        past = self._supervisor.past_counters
-        proxies = (worker for worker in self._all() if role_of(worker.slot) is Role.PROXY)
-        running = [worker.counters for worker in proxies]
-
-        def total(name: str) -> int:
-            return past.get(name, 0) + sum(counters.get(name, 0) for counters in running)
-
+        total = self._total
         return status.ConnectionsStatus(
             active=total("connections_now"),
             total=total("connections_total"),
@@ -104,6 +112,22 @@ class StatusReporter:
             bytes_sent=total("bytes_sent"),
             bytes_received=total("bytes_received"),
         )
+
+    def _security(self) -> status.SecurityStatus:
+        rules = self._supervisor.settings.config.security
+        return status.SecurityStatus(
+            user_check=_on(self._supervisor.access.is_checked),
+            http_check=_on(rules.http_check),
+            http_unchecked=sorted(app for app, hosts in rules.http_hosts.items() if "*" in hosts),
+            users_refused=self._total("refused_users"),
+            http_refused=self._total("http_refused"),
+        )
+
+    def _total(self, name: str) -> int:
+        """What all proxies have counted, also those that have ended."""
+        proxies = (worker for worker in self._all() if role_of(worker.slot) is Role.PROXY)
+        running = sum(worker.counters.get(name, 0) for worker in proxies)
+        return self._supervisor.past_counters.get(name, 0) + running
 
 
 def _worker(
@@ -124,12 +148,18 @@ def _worker(
     )
 
 
+def _on(is_on: bool) -> status.Check:  # noqa: FBT001  # it is what is asked about
+    return status.Check.ON if is_on else status.Check.OFF
+
+
 def _other_reasons(supervisor: ObservedRun, report: ClusterView | None) -> list[str]:
     reasons = [
         *supervisor.range_problems,
         *supervisor.network_problems,
         *supervisor.probe_problems,
         *supervisor.os_problems,
+        *supervisor.metrics_problems,
+        *supervisor.access_problems,
     ]
     if report is not None and report.problem:
         reasons.append(report.problem)

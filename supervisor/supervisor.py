@@ -19,9 +19,11 @@ from pathlib import Path
 
 import msgspec
 
+from ipc import counters
 from ipc import messages as m
 from ipc.log_limit import tell_suppressed
 from ipc.permits import Role, role_of
+from ipc.slots import METRICS
 from supervisor import (
     configure,
     link_making,
@@ -32,6 +34,7 @@ from supervisor import (
     privileges,
     upgrade,
 )
+from supervisor.access import Security, lookup_socket
 from supervisor.cluster_follower import ClusterFollower
 from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
@@ -44,6 +47,7 @@ from supervisor.conversation import Conversation
 from supervisor.crew import CannotReplaceError, Crew
 from supervisor.dataplane import DataPlane
 from supervisor.exits import StartupError
+from supervisor.forwarding import ForwardedNetworks
 from supervisor.handover import (
     Handover,
     KeptDevices,
@@ -54,6 +58,7 @@ from supervisor.handover import (
 )
 from supervisor.link_store import LinkStore
 from supervisor.listeners import Listeners
+from supervisor.metrics_endpoint import MetricsEndpoint
 from supervisor.nameservers import Nameservers
 from supervisor.network_watch import HostChange, NetworkWatch, Outsider
 from supervisor.notify import Notifier, watchdog_seconds
@@ -66,6 +71,7 @@ from supervisor.reload_plan import ReloadPlan
 from supervisor.restart_policy import RestartLimits
 from supervisor.service_link import ServiceLink
 from supervisor.settings import Settings, version
+from supervisor.status import Health
 from supervisor.status_report import TOTALS
 from supervisor.upgrade import Upgrade, UpgradeError
 from supervisor.waiting_start import StoppedError, WaitingStart
@@ -97,7 +103,11 @@ class Supervisor:
         self._link_store = link_store or LinkStore(self._notifier)
         self._handed = handed
         self._upgrade = Upgrade()
+        self._security = Security(settings.user)
         self.workers: dict[str, Worker] = {}
+        self._metrics = MetricsEndpoint(
+            settings.config.metrics.listen, None if handed is None else handed.metrics
+        )
         self._crew = Crew(
             self.workers,
             make_successor=self._make_successor,
@@ -105,6 +115,7 @@ class Supervisor:
             take_over=self._take_over,
         )
         self.were_ready = False
+        self.was_healthy = False
         self.started_at = time.monotonic()
         # Counters of worker processes that have ended, so that totals never fall.
         self.past_counters: dict[str, int] = {}
@@ -148,6 +159,10 @@ class Supervisor:
         return self._network_watch.problems
 
     @property
+    def forwarding_warnings(self) -> Sequence[str]:
+        return self._forwarded.warnings
+
+    @property
     def data_plane(self) -> m.DataPlaneKind:
         return self._data_plane.kind
 
@@ -158,6 +173,22 @@ class Supervisor:
     @property
     def os_problems(self) -> Sequence[str]:
         return self._os_settings.problems
+
+    @property
+    def access(self) -> m.Access:
+        return self._around.access
+
+    @property
+    def access_problems(self) -> Sequence[str]:
+        return self._security.problems
+
+    @property
+    def access_warnings(self) -> Sequence[str]:
+        return self._security.warnings
+
+    @property
+    def metrics_problems(self) -> Sequence[str]:
+        return self._metrics.problems
 
     @property
     def os_reasons(self) -> Sequence[str]:
@@ -256,7 +287,13 @@ class Supervisor:
         limits = _limits(plan.config)
         for worker in self._crew:
             worker.use_limits(limits)
+        self._use_security()
         self._nameservers.configure(plan.config.dns.upstream)
+        if plan.config.security.allow_forwarded_from != before.config.security.allow_forwarded_from:
+            self._use_network(self.network)
+        now = time.monotonic()
+        if self._metrics.use(plan.config.metrics.listen, now):
+            self._crew.dismiss(METRICS, now)
         self._prober.use_times(
             heartbeat_seconds=plan.config.supervisor.heartbeat_seconds,
             hang_seconds=plan.config.supervisor.hang_seconds,
@@ -318,6 +355,13 @@ class Supervisor:
             else places.RunDirectory.adopt(settings.run_dir, handed.lock)
         )
         closing.callback(self._run_directory.close)
+        closing.callback(self._metrics.close)
+        try:
+            self._metrics.open()
+        except StartupError:
+            # A service goes on without; `_serve_metrics` tries again, and tells.
+            if handed is None and not self._notifier.is_heard:
+                raise
         user_state = places.make_state_directory(
             settings.state_dir, settings.user, change_owner=os.geteuid() == 0
         )
@@ -342,6 +386,7 @@ class Supervisor:
             )
         self._data_plane, plan = self._make_link()
         closing.callback(self._close_data_plane)
+        self._forwarded = ForwardedNetworks(self._data_plane)
         self._prober = Prober(
             plan,
             self._data_plane.tun_descriptors[0],
@@ -382,6 +427,8 @@ class Supervisor:
     def _find_surroundings(self, plan: m.Network, book_path: Path) -> Surroundings:
         settings, handed, directory = self.settings, self._handed, self._run_directory
         in_force = plan if self._data_plane.has_ipv6 else network.without_ipv6(plan)
+        access = self._find_access(in_force.interface)
+        in_force = self._with_forwarded(in_force)
         if handed is not None:
             return Surroundings(
                 network=in_force,
@@ -393,9 +440,10 @@ class Supervisor:
                 data_plane=self._data_plane.kind,
                 has_family_header=self._data_plane.has_family_header,
                 max_listeners=self._listeners.share,
+                access=access,
             )
         proxies = settings.config.proxy.workers
-        chosen = identities.choose(configure.slots(proxies), settings.user)
+        chosen = identities.choose([*configure.slots(proxies), METRICS], settings.user)
         self._identities = chosen.of
         return Surroundings(
             network=in_force,
@@ -407,6 +455,12 @@ class Supervisor:
             data_plane=self._data_plane.kind,
             has_family_header=self._data_plane.has_family_header,
             max_listeners=self._listeners.share,
+            access=access,
+        )
+
+    def _find_access(self, interface: str) -> m.Access:
+        return self._security.look_up(
+            self.settings.config.security, _index_of(interface), self._os_settings.backend_name
         )
 
     def _make_follower(self) -> ClusterFollower:
@@ -462,6 +516,9 @@ class Supervisor:
             slot: Identity(kept.uid, kept.gid, kept.extra_group)
             for slot, kept in handed.identities.items()
         }
+        if METRICS not in self._identities:
+            # An earlier version knew nothing of it.
+            self._identities |= identities.choose([METRICS], self.settings.user).of
         used, idle = (
             {
                 (kept.address, kept.port): kept.descriptor
@@ -485,7 +542,8 @@ class Supervisor:
             self.workers[worker.slot] = worker
         self._crew.leavers += adopted[len(handed.workers) :]
         self.past_counters = handed.past_counters
-        self.started_at, self.were_ready = handed.started_at, handed.were_ready
+        self.started_at = handed.started_at
+        self.were_ready, self.was_healthy = handed.were_ready, handed.was_healthy
         reports = {
             slot: ClusterView(kept.clusters, kept.problem) for slot, kept in handed.reports.items()
         }
@@ -525,8 +583,10 @@ class Supervisor:
             },
             known_clusters=self._follower.known,
             past_counters=self.past_counters,
+            metrics=self._metrics.keep(),
             started_at=self.started_at,
             were_ready=self.were_ready,
+            was_healthy=self.was_healthy,
             log_level=self._log_level,
             log=KeptLog(name=self.log_book.name, last=last, lines=lines),
         )
@@ -559,10 +619,14 @@ class Supervisor:
                     worker.hear_again(kept, self._log_handler)
 
     def _make_workers(self) -> None:
+        for slot in configure.slots(self.settings.config.proxy.workers):
+            self._make_worker(slot)
+
+    def _make_worker(self, slot: str) -> Worker:
+        reach = reach_of(slot, self.settings, self._around)
         limits = _limits(self.settings.config)
-        for slot, identity in self._identities.items():
-            reach = reach_of(slot, self.settings, self._around)
-            self.workers[slot] = Worker(slot, identity, limits, reach)
+        self.workers[slot] = Worker(slot, self._identities[slot], limits, reach)
+        return self.workers[slot]
 
     def _make_successor(self, worker: Worker) -> Worker:
         reach = reach_of(worker.slot, self.settings, self._around)
@@ -610,7 +674,13 @@ class Supervisor:
             "tun": self._data_plane.tun_descriptors,
             "dns": self._data_plane.dns_descriptors,
         }
-        worker.send(message, descriptors.get(worker.slot, []))
+        if (endpoint := self._metrics.descriptor) is not None:
+            descriptors[METRICS] = [endpoint]
+        with lookup_socket(worker.slot) as kernel:
+            worker.send(message, [*descriptors.get(worker.slot, []), *kernel])
+        if worker.slot == METRICS:
+            # It takes no connection before it knows what to answer.
+            self._tell_figures(worker, time.monotonic())
         if worker.slot == "tun" and self._data_plane.kind is m.DataPlaneKind.REWRITING:
             table = [*self._data_plane.dns_redirects, *self._listeners.redirects()]
             for part in configure.redirects(table):
@@ -639,6 +709,7 @@ class Supervisor:
         self._watch(now)
         self._note_readiness(now)
         if not self._stop_is_ordered:
+            self._serve_metrics(now)
             self._crew.tick(now)
             self._probe(now)
         self._control.drop_silent(now)
@@ -650,6 +721,8 @@ class Supervisor:
         if self._nameservers.has_changed(now):
             self._use_nameservers()
         self._os_settings.want(self._resolver_wish())
+        if self._security.back_end != self._os_settings.backend_name:
+            self._use_security()
         if not self._stop_is_ordered:
             self._follow_host(now)
             are_well = not any(worker.is_unkillable(now) for worker in self._crew)
@@ -663,10 +736,29 @@ class Supervisor:
             slot: Ready(worker.started_at, worker.counters)
             for slot, worker in self.workers.items()
             if worker.state is WorkerState.READY
+            and slot != METRICS
             and not (worker.waits_for_take_over or worker.is_being_ended)
         }
         for suspect in self._prober.tick(now, ready):
             self.workers[suspect.slot].end_hung(now, suspect.why)
+
+    def _serve_metrics(self, now: float) -> None:
+        if not self._metrics.is_open(now):
+            return
+        worker = self.workers.get(METRICS)
+        if worker is None:
+            self._start(self._make_worker(METRICS))
+        elif (
+            worker.state is WorkerState.READY
+            and self._metrics.is_push_due(now)
+            # One that does not read is to find what is new then.
+            and not worker.wants_to_write
+        ):
+            self._tell_figures(worker, now)
+
+    def _tell_figures(self, worker: Worker, now: float) -> None:
+        health, _ = self._commands.judge()
+        worker.send(self._metrics.figures(self, health, now))
 
     def _timeout(self, longest: float) -> float:
         now = time.monotonic()
@@ -720,10 +812,12 @@ class Supervisor:
             self._crew.ended(worker, now)
 
     def _remember(self, worker: Worker) -> None:
-        # Of the others nothing is shown, and what a worker calls its counters is its own affair.
-        for name in TOTALS if role_of(worker.slot) is Role.PROXY else ():
-            past = self.past_counters.get(name, 0)
-            self.past_counters[name] = past + worker.counters.get(name, 0)
+        # What a worker calls its counters is its own affair: only those that are known are kept.
+        role = role_of(worker.slot)
+        counters.add(self.past_counters, counters.totals(counters.served(role, worker.counters)))
+        if role is Role.PROXY:
+            shown = {name: worker.counters.get(name, 0) for name in TOTALS}
+            counters.add(self.past_counters, shown)
 
     def _start_due(self, now: float) -> None:
         if self._stop_is_ordered:
@@ -735,10 +829,15 @@ class Supervisor:
 
     def _note_readiness(self, now: float) -> None:
         if not self.were_ready and all(
-            worker.state is WorkerState.READY for worker in self.workers.values()
+            worker.state is WorkerState.READY
+            for worker in self.workers.values()
+            if worker.slot != METRICS
         ):
             self.were_ready = True
             log.info("VNet is ready after %.2f s", now - self.started_at)
+        if self.were_ready and not self.was_healthy:
+            health, _ = self._commands.judge()
+            self.was_healthy = health is Health.HEALTHY
 
     def _watch(self, now: float) -> None:
         hang_seconds = self.settings.config.supervisor.hang_seconds
@@ -749,6 +848,14 @@ class Supervisor:
         self._around = dataclasses.replace(self._around, upstream=self._nameservers.upstream)
         self._broadcast(m.UpstreamChanged(upstream=self._around.upstream), {"dns"})
         self._follower.follow()  # a range may cover the new ones
+
+    def _use_security(self) -> None:
+        """Also when the configuration is as it was: accounts and members of groups change."""
+        access = self._find_access(self.network.interface)
+        self._around = dataclasses.replace(self._around, access=access)
+        rules = configure.http_rules(self.settings.config)
+        told = {slot for slot in self.workers if role_of(slot) in (Role.PROXY, Role.DNS)}
+        self._broadcast(m.SecurityChanged(access=access, http=rules), told)
 
     def _follow_host(self, now: float) -> None:
         change = self._network_watch.tick(now)
@@ -774,12 +881,18 @@ class Supervisor:
     def _use_ranges(self, ranges: list[str]) -> None:
         self._use_network(msgspec.structs.replace(self.network, ranges=ranges))
 
+    def _with_forwarded(self, changed: m.Network) -> m.Network:
+        """The same with the forwarded networks that can be in force; the way back to them is routed."""
+        listed = self.settings.config.security.allow_forwarded_from
+        return self._forwarded.put_into_force(listed, changed)
+
     def _use_network(self, changed: m.Network) -> None:
+        changed = self._with_forwarded(changed)
         self._around = dataclasses.replace(self._around, network=changed)
         # The link keeps its IPv6 addresses while they are of no use.
         whole = self._data_plane.keep().network
         self._link_store.keep_plan(msgspec.structs.replace(whole, ranges=changed.ranges))
-        self._broadcast(m.NetworkChanged(network=changed), set(self.workers))
+        self._broadcast(m.NetworkChanged(network=changed), set(self.workers) - {METRICS})
 
     def _resolver_wish(self) -> ResolverWish:
         # Without dns nobody answers: the system is better off without VNet then.
@@ -809,7 +922,7 @@ class Supervisor:
 
     def _stop_in_order(self) -> None:
         """Ends dns, then the proxies, then tun: nobody is asked for what is gone already."""
-        for role in (Role.DNS, Role.PROXY, Role.TUN):
+        for role in (Role.METRICS, Role.DNS, Role.PROXY, Role.TUN):
             group = [worker for worker in self._crew if role_of(worker.slot) is role]
             for worker in group:
                 worker.order_stop(time.monotonic())

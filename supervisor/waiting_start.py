@@ -20,6 +20,7 @@ from supervisor.control import ControlSocket
 from supervisor.diag.known import known_before
 from supervisor.exits import ConflictError, ExitStatus
 from supervisor.notify import Notifier, watchdog_seconds
+from supervisor.reasons import ReasonId
 from supervisor.service_link import ServiceLink
 from supervisor.settings import Settings, version
 from supervisor.status import Health, Status, Summary, SupervisorStatus
@@ -120,12 +121,17 @@ class WaitingStart:
         )
 
     def _summary(self) -> Summary:
-        return Summary(health=Health.DEGRADED, reasons=[self._reason])
+        return Summary(
+            health=Health.DEGRADED,
+            reasons=[self._reason],
+            reason_ids=[ReasonId.WAITING_FOR_ROOM],
+        )
 
     def _status(self) -> Status:
         return Status(
             health=Health.DEGRADED,
             reasons=[self._reason],
+            reason_ids=[ReasonId.WAITING_FOR_ROOM],
             supervisor=SupervisorStatus(
                 pid=os.getpid(),
                 version=version(),

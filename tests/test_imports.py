@@ -68,7 +68,7 @@ def test_ipc_imports_nothing_else_of_ours():
 
 
 def test_workers_import_neither_the_supervisor_nor_each_other():
-    roles = ("workers.tun", "workers.dns", "workers.proxy")
+    roles = ("workers.tun", "workers.dns", "workers.proxy", "workers.metrics")
     for name in MODULES:
         own = next((role for role in roles if within(name, role)), None)
         if own is None and not within(name, "workers"):
@@ -111,6 +111,7 @@ def test_embedded_cluster_shares_only_the_protobuf_messages_with_our_client():
         ("pytun", {"supervisor.devices"}),
         ("multiprocessing_logging", {"ipc.logpipe"}),
         ("pickle", set()),
+        ("prometheus_client", {"workers.metrics.families", "workers.metrics.page"}),
         ("fido2", {"supervisor.cli.security_key", "demo.cluster.webauthn"}),
         ("jeepney", {"workers.proxy.notification", "supervisor.osconfig.dbus"}),
     ],
@@ -150,7 +151,10 @@ def loaded_by(*modules: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = {"zmq", "workers", "demo", "uvloop", "paramiko", "grpclib", "google", "dnslib"}
+HEAVY = {
+    *("zmq", "workers", "demo", "uvloop", "paramiko", "grpclib", "google", "dnslib"),
+    "prometheus_client",
+}
 
 
 def test_supervisor_process_loads_no_zeromq_and_no_worker():

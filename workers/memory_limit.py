@@ -9,7 +9,7 @@ import os
 import resource
 from typing import Final
 
-from ipc.messages import ConfigureDns, ConfigureProxy, ConfigureTun
+from ipc.messages import ConfigureDns, ConfigureMetrics, ConfigureProxy, ConfigureTun
 
 # Five times what any worker has been seen to take without connections, stacks of threads included.
 BASE_BYTES: Final = 512 << 20
@@ -17,10 +17,16 @@ BASE_BYTES: Final = 512 << 20
 CONNECTION_BYTES: Final = 512 * 1024
 # Of the machine's memory: a worker that takes more is ended before the kernel has to choose whom to end.
 MACHINE_SHARE: Final = 2
+# Of BASE_BYTES: metrics needs neither the bus nor room for packets.
+METRICS_SHARE: Final = 2
 
 
-def most_bytes(config: ConfigureTun | ConfigureDns | ConfigureProxy, machine_bytes: int) -> int:
+def most_bytes(
+    config: ConfigureTun | ConfigureDns | ConfigureProxy | ConfigureMetrics, machine_bytes: int
+) -> int:
     """The limit of a worker on a machine with so much memory. Pure."""
+    if isinstance(config, ConfigureMetrics):
+        return BASE_BYTES // METRICS_SHARE
     connections = config.max_connections if isinstance(config, ConfigureProxy) else 0
     wanted = BASE_BYTES + connections * CONNECTION_BYTES
     return max(BASE_BYTES, min(wanted, machine_bytes // MACHINE_SHARE))

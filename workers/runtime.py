@@ -29,6 +29,7 @@ from ipc.messages import (
     AnyMessage,
     Common,
     ConfigureDns,
+    ConfigureMetrics,
     ConfigureProxy,
     ConfigureTun,
     Drain,
@@ -52,8 +53,8 @@ from workers import (
 
 log = logging.getLogger(__name__)
 
-C = TypeVar("C", ConfigureTun, ConfigureDns, ConfigureProxy)
-Configure = ConfigureTun | ConfigureDns | ConfigureProxy
+C = TypeVar("C", ConfigureTun, ConfigureDns, ConfigureProxy, ConfigureMetrics)
+Configure = ConfigureTun | ConfigureDns | ConfigureProxy | ConfigureMetrics
 # Messages that wait for a supervisor that is busy; it reads within milliseconds, so a full queue
 # means that something is broken beyond repair.
 MAX_OUTBOX = 10_000

@@ -1,4 +1,4 @@
-"""Whom the workers become: the proxies the VNet user, tun and dns each a user of its own.
+"""Whom the workers become: the proxies the VNet user, all others each a user of its own.
 
 Such a user is a number without a name, a process or a file.
 """
@@ -59,7 +59,9 @@ def assign(slots: Sequence[str], user: User, free: Sequence[int]) -> Identities:
             of[slot] = Identity(user.uid, user.gid, group)
         else:
             number = next(remaining, NOBODY)
-            of[slot] = Identity(number, number, group)
+            # metrics has no business on the bus.
+            extra_group = number if role_of(slot) is Role.METRICS else group
+            of[slot] = Identity(number, number, extra_group)
     return Identities(of, group)
 
 

@@ -140,7 +140,7 @@ _ALL_SCOPES: Final = Scope.ABSTRACT_UNIX_SOCKET | Scope.SIGNAL
 def ruleset(role: Role, reach: Reach, program: tuple[Path, ...]) -> Ruleset:
     """The ruleset of a role; `program` is where its code lies."""
     match role:
-        case Role.TUN:
+        case Role.TUN | Role.METRICS:
             return Ruleset(_ALL_FILES, _ALL_NET, _ALL_SCOPES)
         case Role.DNS:
             # Its servers may be anywhere, and change.

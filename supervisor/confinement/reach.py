@@ -17,12 +17,12 @@ from supervisor.settings import Settings
 
 
 def reach_of(slot: str, settings: Settings, around: Surroundings) -> Reach:
-    """What this slot needs: tun and dns nothing, a proxy the tsh home and its state directory."""
+    """What this slot needs: a proxy the tsh home and its state directory, the others nothing."""
     match role_of(slot):
         case Role.TUN:
             return Reach(around.bus_dir)
-        case Role.DNS:
-            # It joins the proxies; nobody joins it.
+        case Role.DNS | Role.METRICS:
+            # dns joins the proxies, metrics nobody; nobody joins them.
             return Reach()
         case _:
             home = settings.teleport_home

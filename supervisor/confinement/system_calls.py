@@ -166,6 +166,9 @@ def call_list(role: Role, pid: int) -> CallList:
         case Role.DNS:
             # What is open to it is for Landlock to say: /dev/null.
             extra = (*_DNS, *_STAT_OF_DESCRIPTOR, *_either("openat", 2, (0,), _CHANGES_FILES))
+        case Role.METRICS:
+            # It accepts at the socket that it was given, and makes none.
+            extra = (Call("listen"), *_STAT_OF_DESCRIPTOR)
         case _:
             extra = _PROXY
     return CallList((*_COMMON, *own_signals, *extra), _ABSENT, _LETHAL)

@@ -4,7 +4,7 @@ It runs in network, mount and process namespaces of its own and leaves nothing b
 has its baseline from the same run: the machine may be slow or busy, the relation tells. The table
 goes to standard error, one line of JSON to standard output. Needs root.
 
-    scripts/bench [--quick] [--only memory|dns|connect|throughput|clusters|list|ways|ssh]
+    scripts/bench [--quick] [--only memory|status|dns|connect|who|http|throughput|clusters|list|ways|ssh]
 """
 
 import argparse
@@ -21,17 +21,20 @@ import bench_bed
 import bench_clusters
 import bench_connect
 import bench_dns
+import bench_http
 import bench_list
 import bench_memory
 import bench_ssh
+import bench_status
 import bench_throughput
 import bench_ways
+import bench_who
 from bench_figures import Figure, table
 
 from demo.private_network import run_in_private_network
 
 # Parts that share a bed. Memory first: the others leave buffers behind that an idle VNet does not have.
-SHARED = ("memory", "dns", "connect", "throughput")
+SHARED = ("memory", "status", "dns", "connect", "who", "http", "throughput")
 # Each has a VNet and clusters of its own.
 OWN = ("clusters", "list", "ways", "ssh")
 PARTS = (*SHARED, *OWN)
@@ -118,10 +121,16 @@ def _place(directory: Path, name: str) -> Path:
 def _part(part: str, bed: bench_bed.Bed, effort: Effort) -> list[Figure]:
     if part == "memory":
         return bench_memory.measure(bed)
+    if part == "status":
+        return bench_status.measure(bed, effort.rounds)
     if part == "dns":
         return bench_dns.measure(bed, effort.seconds, effort.rounds)
     if part == "connect":
         return bench_connect.measure(bed, effort.seconds, effort.rounds)
+    if part == "who":
+        return bench_who.measure(bed)
+    if part == "http":
+        return bench_http.measure(bed, effort.seconds, effort.rounds)
     plan = bench_throughput.Plan(effort.seconds, effort.rounds, effort.with_relays)
     return bench_throughput.measure(bed, plan)
 

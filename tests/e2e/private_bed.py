@@ -231,8 +231,10 @@ class Bed:
         return [str(record.rdata) for record in answer.rr]
 
     @contextlib.contextmanager
-    def listening(self, port: int, serve: Callable[[socket.socket], None]) -> Iterator[None]:
-        """A server on 127.0.0.1: `serve` gets each connection in a thread and leaves it closed."""
+    def listening(
+        self, port: int, serve: Callable[[socket.socket], None], address: str = "127.0.0.1"
+    ) -> Iterator[None]:
+        """A server on loopback: `serve` gets each connection in a thread and leaves it closed."""
         listener = self.open_socket(timeout=0.1)
         threads: list[threading.Thread] = []
         stopping = threading.Event()
@@ -251,7 +253,7 @@ class Bed:
 
         with listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", port))
+            listener.bind((address, port))
             listener.listen(512)
             acceptor = threading.Thread(target=accept)
             acceptor.start()

@@ -80,12 +80,17 @@ SAMPLES: list[m.AnyMessage] = [
         data_plane=m.DataPlaneKind.REWRITING,
         has_family_header=True,
     ),
-    m.ConfigureDns(common=COMMON, network=WITHOUT_IPV6, upstream=UPSTREAM, ttl_seconds=10),
+    m.ConfigureDns(
+        common=COMMON,
+        network=WITHOUT_IPV6,
+        upstream=UPSTREAM,
+        ttl_seconds=10,
+        access=m.Access(uids=[0, 1000], user="alice"),
+    ),
     m.ConfigureProxy(
         common=COMMON,
         network=NETWORK,
         teleport_home="/home/alice/.tsh",
-        user_home="/home/alice",
         book_path="/var/lib/vnet/alice/book.sqlite",
         prompts_dir="/run/vnet/mfa",
         max_connections=5000,
@@ -93,6 +98,57 @@ SAMPLES: list[m.AnyMessage] = [
         ca_file="",
         insecure=False,
         mfa_seconds=110.0,
+        http=m.HttpRules(hosts={"app.demo.test": ["*"]}, origins={"x.demo.test": ["https://y"]}),
+    ),
+    m.ConfigureMetrics(common=COMMON),
+    m.MetricsSnapshot(
+        taken_at=1795381200.5,
+        started_at=1795381100.25,
+        version="0.1.0",
+        health="degraded",
+        resident_bytes=21_000_000,
+        cpu_seconds=0.5,
+        workers=[
+            m.WorkerFigures(
+                slot="proxy-63",
+                is_up=True,
+                restarts=2**63 - 1,
+                heartbeat_age_seconds=0.5,
+                resident_bytes=38_000_000,
+                cpu_seconds=0.0,
+            ),
+            m.WorkerFigures(
+                slot="tun",
+                is_up=False,
+                restarts=0,
+                heartbeat_age_seconds=None,
+                resident_bytes=0,
+                cpu_seconds=3.5,
+            ),
+        ],
+        clusters=[
+            m.ClusterFigures(
+                name="leaf.example.test",
+                profile="teleport.example.test",
+                state=m.ClusterState.LOGIN_EXPIRED,
+                expires=expires,
+            )
+            for expires in (None, 1795381200.0)
+        ],
+        cluster_count=1000,
+        counters={"tun.refused_unknown_app": 2**63 - 1, "dns.in_flight_now": 0},
+    ),
+    m.MetricsSnapshot(
+        taken_at=0.0,
+        started_at=0.0,
+        version="",
+        health="",
+        resident_bytes=0,
+        cpu_seconds=0.0,
+        workers=[],
+        clusters=[],
+        cluster_count=0,
+        counters={},
     ),
     m.NetworkChanged(network=WITHOUT_IPV6),
     m.RedirectsChanged(
@@ -101,6 +157,15 @@ SAMPLES: list[m.AnyMessage] = [
             m.Redirect(address=ADDRESSES[0], port=53, local_port=0, is_udp=True),
         ],
         is_complete=True,
+    ),
+    m.SecurityChanged(access=m.Access(uids=[0, 1000]), http=m.HttpRules()),
+    m.SecurityChanged(
+        access=m.Access(
+            uids=[], user="alice", resolvers=[990], interface=4, can_tell=False, is_checked=False
+        ),
+        http=m.HttpRules(
+            is_checked=False, hosts={"app.demo.test": ["*"]}, origins={"app.demo.test": []}
+        ),
     ),
     m.UpstreamChanged(upstream=[]),
     m.UpstreamChanged(upstream=UPSTREAM),

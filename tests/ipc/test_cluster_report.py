@@ -46,6 +46,13 @@ def test_more_than_can_be_sent_is_said():
     assert "too many" in messages[0].problem
 
 
+def test_a_problem_with_a_long_path_in_it_fits_and_still_says_what_to_do():
+    [message] = split([], f"no profile in /{'x' * 4000}: run tsh login")
+    assert codec.decode(codec.encode(message), Role.PROXY, Role.SUPERVISOR) == message
+    assert message.problem.startswith("no profile in /xxx")
+    assert message.problem.endswith("xxx: run tsh login")
+
+
 def test_report_that_begins_anew_replaces_one_that_was_cut_off():
     clusters = numbered(5000)
     first, *rest = split(clusters, "")

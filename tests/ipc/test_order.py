@@ -22,7 +22,7 @@ CONFINED, READY, HANDED_OVER = (
 
 
 def test_every_message_of_the_channel_has_its_time():
-    workers = (Role.TUN, Role.DNS, Role.PROXY)
+    workers = (Role.TUN, Role.DNS, Role.PROXY, Role.METRICS)
     said = frozenset().union(*(PERMITS[worker, Role.SUPERVISOR] for worker in workers))
     told = frozenset().union(*(PERMITS[Role.SUPERVISOR, worker] for worker in workers))
     assert {kind for _, kind in order.SAID} == said

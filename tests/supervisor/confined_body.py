@@ -102,12 +102,13 @@ def configuration(common: m.Common) -> m.Message:
             )
         case Role.DNS:
             return m.ConfigureDns(common=common, network=NETWORK, upstream=[], ttl_seconds=1)
+        case Role.METRICS:
+            return m.ConfigureMetrics(common=common)
         case _:
             return m.ConfigureProxy(
                 common=common,
                 network=NETWORK,
                 teleport_home="",
-                user_home="",
                 book_path="",
                 prompts_dir="",
                 max_connections=1,

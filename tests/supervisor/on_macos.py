@@ -24,6 +24,7 @@ LOADED_BEFORE = (
     "multiprocessing_logging",
     "asyncio",
     "grpclib",
+    "prometheus_client",
 )
 LINUX_NAMES = {
     os: (

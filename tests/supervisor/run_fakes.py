@@ -69,7 +69,13 @@ class FakeRun:
     os_integration: str = "none"
     os_problems: list[str] = field(default_factory=list)
     os_reasons: list[str] = field(default_factory=list)
+    metrics_problems: list[str] = field(default_factory=list)
+    access: m.Access = field(default_factory=lambda: m.Access(uids=[0, USER.uid]))
+    access_problems: list[str] = field(default_factory=list)
+    access_warnings: list[str] = field(default_factory=list)
+    forwarding_warnings: list[str] = field(default_factory=list)
     were_ready: bool = True
+    was_healthy: bool = False
     started_at: float = 0.0
     past_counters: dict[str, int] = field(default_factory=dict)
     report: ClusterView | None = field(default_factory=lambda: ClusterView([CLUSTER], ""))

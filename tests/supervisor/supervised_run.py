@@ -52,6 +52,10 @@ class NoDataPlane:
         """All the same."""
         return {}
 
+    def set_forwarded(self, networks: list[str]) -> dict[str, OSError]:
+        """All the same."""
+        return {}
+
     has_ipv6 = True
     kind = m.DataPlaneKind.NAMESPACE
     has_family_header = False

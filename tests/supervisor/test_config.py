@@ -45,7 +45,9 @@ drain_seconds = 3600
 allow_users = []
 allow_groups = []
 allow_forwarded_from = []
+http_check = true
 http_hosts = {}
+http_origins = {}
 
 [metrics]
 listen = ""
@@ -130,8 +132,110 @@ def test_integers_do_for_seconds():
         ("supervisor.hang_seconds = 1", "supervisor.hang_seconds", "more than supervisor.heart"),
         ("security.allow_users = [1]", "security.allow_users", "expected str"),
         ("security.allow_forwarded_from = ['x']", "security.allow_forwarded_from[0]", "network"),
+        (
+            "security.allow_forwarded_from = ['0.0.0.0/0']",
+            "security.allow_forwarded_from[0]",
+            "all addresses",
+        ),
+        (
+            "security.allow_forwarded_from = ['::/0']",
+            "security.allow_forwarded_from[0]",
+            "all addresses",
+        ),
+        (
+            "security.allow_forwarded_from = ['127.0.0.0/8']",
+            "security.allow_forwarded_from[0]",
+            "loopback",
+        ),
+        (
+            "security.allow_forwarded_from = ['::1/128']",
+            "security.allow_forwarded_from[0]",
+            "loopback",
+        ),
+        (
+            "security.allow_forwarded_from = ['169.254.1.0/24']",
+            "security.allow_forwarded_from[0]",
+            "link-local",
+        ),
+        (
+            "security.allow_forwarded_from = ['fe80::/64']",
+            "security.allow_forwarded_from[0]",
+            "link-local",
+        ),
+        (
+            "security.allow_forwarded_from = ['224.0.0.0/24']",
+            "security.allow_forwarded_from[0]",
+            "multicast",
+        ),
+        (
+            "security.allow_forwarded_from = ['ff02::/16']",
+            "security.allow_forwarded_from[0]",
+            "multicast",
+        ),
+        (
+            "security.allow_forwarded_from = ['128.0.0.0/1']",
+            "security.allow_forwarded_from[0]",
+            "169.254.0.0/16 are link-local",
+        ),
+        (
+            "security.allow_forwarded_from = ['::ffff:172.30.0.0/112']",
+            "security.allow_forwarded_from[0]",
+            "IPv4 addresses",
+        ),
+        (
+            "security.allow_forwarded_from = ['172.30.0.1/24']",
+            "security.allow_forwarded_from[0]",
+            "host bits",
+        ),
+        (
+            "security.allow_forwarded_from = ['100.0.0.0/8']",
+            "security.allow_forwarded_from[0]",
+            "contains 100.64.0.0/10",
+        ),
+        (
+            'network.ipv4_cidr_range = "10.9.0.0/16"\nsecurity.allow_forwarded_from = ["10.9.1.0/24"]',
+            "security.allow_forwarded_from[0]",
+            "10.9.0.1 alone may be listed",
+        ),
+        (
+            f"security.allow_forwarded_from = {[f'10.9.{number}.0/24' for number in range(101)]}",
+            "security.allow_forwarded_from",
+            "at most 100 networks, got 101",
+        ),
+        ("security.http_check = 'no'", "security.http_check", "expected bool"),
         ("security.http_hosts = {a = 1}", "security.http_hosts", "expected array"),
+        ("security.http_hosts = {'App.test' = []}", "security.http_hosts", "in lower case"),
+        ("security.http_hosts = {'app.test.' = []}", "security.http_hosts", "full DNS name"),
+        ("security.http_hosts = {'*' = []}", "security.http_hosts", "full DNS name"),
+        ("security.http_hosts = {a = ['b:80']}", "security.http_hosts.'a'[0]", "a host as"),
+        ("security.http_hosts = {a = ['b', 'B']}", "security.http_hosts.'a'[1]", "a host as"),
+        ("security.http_hosts = {a = ['10.0.0']}", "security.http_hosts.'a'[0]", "a host as"),
+        ("security.http_hosts = {a = ['::1']}", "security.http_hosts.'a'[0]", "a host as"),
+        ("security.http_hosts = {a = ['[::01]']}", "security.http_hosts.'a'[0]", "a host as"),
+        ("security.http_hosts = {a = ['[10.0.0.1]']}", "security.http_hosts.'a'[0]", "a host as"),
+        ("security.http_hosts = {a = ['*.b']}", "security.http_hosts.'a'[0]", "a host as"),
+        ("security.http_origins = {'10.0.0.1' = []}", "security.http_origins", "full DNS name"),
+        ("security.http_origins = {a = ['b.test']}", "security.http_origins.'a'[0]", "https://"),
+        ("security.http_origins = {a = ['null']}", "security.http_origins.'a'[0]", "or '*'"),
+        ("security.http_origins = {a = ['https://b/']}", "security.http_origins.'a'[0]", "https:"),
+        ("security.http_origins = {a = ['https://B']}", "security.http_origins.'a'[0]", "https:"),
+        (
+            "security.http_origins = {a = ['https://b:443']}",
+            "security.http_origins.'a'[0]",
+            "an origin as browsers send it",
+        ),
+        (
+            "security.http_origins = {a = ['https://b:65536']}",
+            "security.http_origins.'a'[0]",
+            "an origin as browsers send it",
+        ),
         ("metrics.listen = '9090'", "metrics.listen", "must be host:port"),
+        ("metrics.listen = ':9464'", "metrics.listen", "an address or localhost"),
+        ("metrics.listen = '127.0.0.1:0'", "metrics.listen", "must be host:port"),
+        ("metrics.listen = 'box.example.test:9464'", "metrics.listen", "an address or localhost"),
+        ("metrics.listen = '::1:9464'", "metrics.listen", "must be host:port"),
+        ("metrics.listen = '[127.0.0.1]:9464'", "metrics.listen", "must be host:port"),
+        ("metrics.listen = '[fe80::1%eth0]:9464'", "metrics.listen", "must be host:port"),
         ("metrics.listen = 'localhost:99999'", "metrics.listen", "must be host:port"),
         ("metrics.listen = 'localhost:²'", "metrics.listen", "must be host:port"),
     ],
@@ -140,6 +244,51 @@ def test_problem_names_its_key_and_says_what_is_right(text, key, hint):
     [problem] = problems_of(text)
     assert problem.startswith(f"{key}: ")
     assert hint in problem
+
+
+@pytest.mark.parametrize(
+    ("own", "listed"),
+    [
+        ("auto", ["172.30.0.0/24", "fd12::/64", "10.0.0.0/8", "192.168.1.7", "100.64.0.1"]),
+        ("10.9.0.0/16", ["10.9.0.1/32", "10.8.0.0/16", "100.0.0.0/8"]),
+        ("auto", [f"10.9.{number}.0/24" for number in range(100)]),
+    ],
+)
+def test_networks_of_containers_are_taken(own, listed):
+    text = f'network.ipv4_cidr_range = "{own}"\nsecurity.allow_forwarded_from = {listed}'
+    assert parse(text).security.allow_forwarded_from == listed
+
+
+@pytest.mark.parametrize("own", ["x", "172.30.0.7/32"])
+def test_wrong_range_is_no_fault_of_the_networks_beside_it(own):
+    [problem] = problems_of(
+        f'network.ipv4_cidr_range = "{own}"\nsecurity.allow_forwarded_from = ["172.30.0.0/24"]'
+    )
+    assert problem.startswith("network.ipv4_cidr_range")
+
+
+def test_hosts_and_origins_that_requests_can_have_are_taken():
+    hosts = {"app.demo.test": ["localhost", "a-b.c_d.test", "10.0.0.1", "[::1]", "*"], "1.x": []}
+    origins = ["*", "https://x.test", "http://x.test:8080", "http://[::1]:1", "app+x://y"]
+    found = parse(
+        f"security.http_hosts = {_inline(hosts)}\n"
+        f"security.http_origins = {_inline({'app.demo.test': origins})}"
+    )
+    assert found.security.http_hosts == hosts
+    assert found.security.http_origins == {"app.demo.test": origins}
+
+
+def _inline(table: dict[str, list[str]]) -> str:
+    return "{" + ", ".join(f"'{key}' = {values}" for key, values in table.items()) + "}"
+
+
+def test_rules_that_fit_into_no_message_are_refused():
+    label = "a" * 63
+    names = {f"n{number}.{label}.{label}.{label}": ["*"] for number in range(320)}
+    [problem] = problems_of(f"security.http_hosts = {_inline(names)}")
+    assert problem.startswith("security.http_hosts: must have at most 65536 bytes together with")
+    fewer = dict(list(names.items())[:300])
+    parse(f"security.http_hosts = {_inline(fewer)}")
 
 
 def test_all_problems_are_told_in_one_go():

@@ -53,7 +53,7 @@ def place():
 
 @pytest.fixture
 def chosen():
-    return identities.choose(["tun", "proxy-0", "proxy-1", "dns"], USER)
+    return identities.choose(["tun", "proxy-0", "proxy-1", "dns", "metrics"], USER)
 
 
 def of_proxy(place: Path) -> Reach:
@@ -165,7 +165,8 @@ def try_it(monkeypatch, chosen, place, slot, reach, refused, works) -> Ended:
     return ended
 
 
-def test_tun_can_make_no_socket_and_open_no_file(monkeypatch, chosen, place):
+@pytest.mark.parametrize("slot", ["tun", "metrics"])
+def test_tun_and_metrics_can_make_no_socket_and_open_no_file(monkeypatch, chosen, place, slot):
     refused = {
         **{
             f"make a socket ({family.name}, {kind.name})": lambda family=family, kind=kind: close(
@@ -180,7 +181,7 @@ def test_tun_can_make_no_socket_and_open_no_file(monkeypatch, chosen, place):
         "make memory files": lambda: os.memfd_create("x"),
         "see what there is": (place / "open").stat,
     }
-    try_it(monkeypatch, chosen, place, "tun", Reach(), refused, {})
+    try_it(monkeypatch, chosen, place, slot, Reach(), refused, {})
 
 
 def test_dns_can_ask_servers_and_open_no_file(monkeypatch, chosen, place):
@@ -509,7 +510,7 @@ def test_without_libseccomp_the_filter_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize("machine", ["X86_64", "AARCH64"])
-@pytest.mark.parametrize("slot", ["tun", "dns", "proxy-0"])
+@pytest.mark.parametrize("slot", ["tun", "dns", "proxy-0", "metrics"])
 def test_filter_can_be_built_for_each_machine(machine, slot):
     from pyseccomp import Arch, resolve_syscall
 

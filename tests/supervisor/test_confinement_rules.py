@@ -25,6 +25,7 @@ from supervisor.confinement.landlock_rules import (
     shortcomings,
 )
 from supervisor.confinement.reach import reach_of
+from supervisor.privileges import Identity
 
 SLOTS = ["tun", "proxy-0", "proxy-1", "dns"]
 PROGRAM = (Path("/opt/vnet"),)
@@ -54,6 +55,12 @@ def test_each_worker_without_files_is_a_user_of_its_own():
         "proxy-1": (USER.uid, USER.gid, 7),
         "dns": (9, 9, 7),
     }
+
+
+def test_metrics_is_not_let_into_the_bus_directory():
+    found = assign([*SLOTS, "metrics"], USER, [7, 8, 9, 10])
+    assert found.of["metrics"] == Identity(10, 10, 10)
+    assert found.of["tun"].extra_group == found.bus_group == 7
 
 
 def test_without_numbers_nobody_is_left():
@@ -87,8 +94,9 @@ def test_another_user_than_root_stays_who_it_is(monkeypatch):
 # -- files --
 
 
-def test_tun_and_dns_reach_no_file_but_the_spare_descriptor():
+def test_only_proxies_reach_files_but_for_the_spare_descriptor():
     assert ruleset(Role.TUN, Reach(), PROGRAM).rules == ()
+    assert ruleset(Role.METRICS, Reach(), PROGRAM).rules == ()
     [rule] = ruleset(Role.DNS, Reach(), PROGRAM).rules
     assert (rule.path, rule.rights) == (Path("/dev/null"), FileRight.READ_FILE)
 
@@ -115,13 +123,14 @@ def test_proxy_may_read_its_ca_file():
 
 
 def test_only_those_that_are_joined_get_a_place_on_the_bus():
-    bus_dirs = {slot: reach_of(slot, settings(), around()).bus_dir for slot in SLOTS}
+    slots = [*SLOTS, "metrics"]
+    bus_dirs = {slot: reach_of(slot, settings(), around()).bus_dir for slot in slots}
     bus = Path("/run/vnet/bus")
-    assert bus_dirs == {"tun": bus, "proxy-0": bus, "proxy-1": bus, "dns": None}
+    assert bus_dirs == {"tun": bus, "proxy-0": bus, "proxy-1": bus, "dns": None, "metrics": None}
 
 
 def test_execution_is_never_allowed():
-    for role in (Role.TUN, Role.DNS, Role.PROXY):
+    for role in set(Role) - {Role.SUPERVISOR}:
         wanted = ruleset(role, reach_of("proxy-0", settings(), around()), PROGRAM)
         assert not any(rule.rights & FileRight.EXECUTE for rule in wanted.rules)
 

@@ -168,6 +168,64 @@ def test_ranges_can_be_set_again_and_again():
     in_own_network(check)
 
 
+def test_answers_go_back_to_exactly_the_forwarded_networks():
+    def check() -> None:
+        plane = NamespaceDataPlane(NETWORK)
+        outside = everything_set()
+
+        def has_way_back(address: str) -> bool:
+            with namespace.inside(plane._namespace):
+                done = subprocess.run(
+                    ["ip", "route", "get", address], check=False, capture_output=True, text=True
+                )
+            return INNER_NAME in done.stdout
+
+        steps = [
+            ["172.30.0.0/24"],
+            ["172.30.0.0/24", "fd12::/64", "10.9.0.0/16"],
+            ["fd12::/64", "100.64.0.1/32", "fd60:67ec:4325::1/128"],
+            [],
+        ]
+        for wanted in steps:
+            for _ in range(2):
+                assert plane.set_forwarded(wanted) == {}
+                assert has_way_back("172.30.0.9") == ("172.30.0.0/24" in wanted)
+                assert has_way_back("fd12::9") == ("fd12::/64" in wanted)
+                assert has_way_back("10.9.1.1") == ("10.9.0.0/16" in wanted)
+                assert has_way_back("100.64.0.1")
+                assert has_way_back("fd60:67ec:4325::1")
+                assert not has_way_back("172.30.1.9")
+                with namespace.inside(plane._namespace):
+                    assert "local" in ip("route", "get", "100.99.1.2")
+        assert everything_set() == outside
+        # Whoever goes on with the link takes away what an earlier process has routed.
+        plane.set_forwarded(["172.30.0.0/24"])
+        kept = copies(plane.keep())
+        plane.close()
+        plane = NamespaceDataPlane.adopt(kept)
+        assert has_way_back("172.30.0.9")
+        plane.set_forwarded(["10.9.0.0/16"])
+        assert (has_way_back("172.30.0.9"), has_way_back("10.9.1.1")) == (False, True)
+        plane.close()
+
+    in_own_network(check)
+
+
+def test_forwarded_network_that_cannot_be_routed_does_no_harm_to_others():
+    def check() -> None:
+        plane = NamespaceDataPlane(NETWORK)
+        with namespace.inside(plane._namespace):
+            Path("/proc/sys/net/ipv6/conf/vnet-inner/disable_ipv6").write_text("1")
+        failed = plane.set_forwarded(["172.30.0.0/24", "fd12::/64"])
+        assert list(failed) == ["fd12::/64"]
+        assert isinstance(failed["fd12::/64"], OSError)
+        with namespace.inside(plane._namespace):
+            assert INNER_NAME in ip("route", "get", "172.30.0.9")
+        plane.close()
+
+    in_own_network(check)
+
+
 def test_range_whose_routes_are_half_there_is_completed():
     def check() -> None:
         plane = NamespaceDataPlane(NETWORK)

@@ -69,8 +69,12 @@ def state(**changed: object) -> Handover:
         "leavers": [msgspec.structs.replace(worker, process=None)],
         "reports": {"proxy-0": handover.KeptReport(clusters=[CLUSTER], problem="")},
         "known_clusters": [CLUSTER],
+        "metrics": handover.KeptMetrics(
+            descriptor=18, cpu_milliseconds={"tun": 1500}, started_at=1.5
+        ),
         "started_at": 5.5,
         "were_ready": True,
+        "was_healthy": True,
         "log_level": "DEBUG",
     }
     return Handover(**values | changed)  # type: ignore[arg-type]
@@ -92,7 +96,7 @@ def test_what_is_sealed_comes_back_and_cannot_be_changed():
 
 
 def test_every_descriptor_is_named():
-    assert sorted(state().descriptors()) == [*range(10, 18), 20, 21, 30, 31]
+    assert sorted(state().descriptors()) == [*range(10, 19), 20, 21, 30, 31]
 
 
 def test_configuration_in_force_comes_back():

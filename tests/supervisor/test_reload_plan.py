@@ -33,7 +33,8 @@ def test_nothing_changed_means_nothing_to_do():
         ("supervisor.hang_seconds = 9", set()),
         ("dns.ttl_seconds = 3", {Role.DNS}),
         ('teleport.ca_file = "/ca.pem"', {Role.PROXY}),
-        ("supervisor.heartbeat_seconds = 2", {Role.TUN, Role.DNS, Role.PROXY}),
+        ("supervisor.heartbeat_seconds = 2", {Role.TUN, Role.DNS, Role.PROXY, Role.METRICS}),
+        ('metrics.listen = "127.0.0.1:9464"', set()),
     ],
 )
 def test_a_key_that_can_change_is_in_force_and_says_who_is_replaced(text, roles):

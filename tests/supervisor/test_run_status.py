@@ -25,7 +25,8 @@ from supervisor.worker_states import WorkerState
 
 # What docs and scripts rely on: `vnet status --json` of the contract, by its keys.
 KEYS = {
-    "": ["schema", "health", "reasons", "supervisor", "workers", "network", "clusters", "connections"],
+    "": ["schema", "health", "reasons", "reason_ids", "supervisor", "workers", "network", "clusters", "connections",
+        "security", "warnings"],
     "supervisor": ["pid", "version", "uptime_seconds", "user"],
     "workers": [
         "name", "pid", "state", "restarts", "uptime_seconds", "heartbeat_age_seconds",
@@ -37,6 +38,7 @@ KEYS = {
     ],
     "clusters": ["name", "profile", "leaf_of", "state", "user", "expires"],
     "connections": ["active", "total", "failed", "bytes_sent", "bytes_received"],
+    "security": ["user_check", "http_check", "http_unchecked", "users_refused", "http_refused"],
 }  # fmt: skip
 QUIET = msgspec.convert({"dns": {"os_integration": "none"}}, Config)
 
@@ -255,7 +257,8 @@ def ask(run: FakeRun, request: cm.AnyRequest | bytes, uid: int = 0) -> dict:
 def test_root_and_the_user_see_everything_and_others_the_summary(run):
     for uid in (0, run.settings.user.uid):
         assert list(ask(run, cm.Status(), uid)) == KEYS[""]
-    assert ask(run, cm.Status(), uid=12345) == {"schema": 1, "health": "healthy", "reasons": []}
+    summary = {"schema": 1, "health": "healthy", "reasons": [], "reason_ids": []}
+    assert ask(run, cm.Status(), uid=12345) == summary
 
 
 @pytest.mark.parametrize(
@@ -338,3 +341,46 @@ def test_wrong_configuration_is_not_taken_over(run, tmp_path, text):
 def test_version_is_that_of_the_package():
     assert collected(ready_run())["supervisor"]["version"] == version()
     assert make_workers("dns")["dns"].pid is None
+
+
+def test_security_says_what_is_off_and_what_was_refused():
+    run = ready_run(past_counters={"refused_users": 3, "http_refused": 1})
+    run.workers["proxy-0"].counters = {"refused_users": 2}
+    run.workers["proxy-1"].counters = {"http_refused": 5}
+    # Questions for names are no connections.
+    run.workers["dns"].counters = {"refused_users": 100}
+    found = StatusReporter(run).collect(1)
+    assert found.security is not None
+    assert (found.security.users_refused, found.security.http_refused) == (5, 6)
+    assert (found.security.user_check, found.security.http_check) == ("on", "on")
+    assert found.security.http_unchecked == []
+    assert found.warnings == []
+    told = "5 connections of users refused that may not connect, 6 HTTP requests refused"
+    assert f"security: {told}" in "\n".join(status_view.lines(found))
+
+
+def test_security_that_is_off_and_warnings_are_shown_and_degrade_nothing():
+    run = ready_run(access_warnings=["Beware of this."], forwarding_warnings=["And of that."])
+    rules = {"allow_users": [], "http_hosts": {"b.test": ["*"], "a.test": ["*"], "c.test": ["x"]}}
+    config = msgspec.convert({"dns": {"os_integration": "none"}, "security": rules}, Config)
+    run.settings = msgspec_replace(run.settings, config=config)
+    run.access = m.Access(uids=[], is_checked=False)
+    found = StatusReporter(run).collect(1)
+    assert found.health is Health.HEALTHY
+    assert found.security is not None
+    assert found.security.user_check == "off"
+    assert found.security.http_unchecked == ["a.test", "b.test"]
+    shown = list(status_view.lines(found))
+    assert "security: all users may connect, HTTP requests to 2 apps are not checked" in shown
+    assert {"warning: Beware of this.", "warning: And of that."} < set(shown)
+
+
+def test_a_quiet_machine_has_no_line_about_security():
+    assert "security" not in "\n".join(status_view.lines(StatusReporter(ready_run()).collect(1)))
+
+
+def test_a_kernel_that_cannot_tell_degrades():
+    run = ready_run(access_problems=["Nobody may connect: do something."])
+    found = StatusReporter(run).collect(1)
+    assert found.health is Health.DEGRADED
+    assert found.reasons == ["Nobody may connect: do something."]

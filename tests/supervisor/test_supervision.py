@@ -13,10 +13,10 @@ from pathlib import Path
 import msgspec
 import pretend_worker
 import pytest
-from run_fakes import ROOM_BYTES
+from run_fakes import CLUSTER, ROOM_BYTES
 from supervised_run import NoDataPlane, SupervisedRun, supervised_run
 
-from ipc import codec
+from ipc import codec, counters
 from ipc import messages as m
 from supervisor import control_messages as cm
 from supervisor import worker as slots
@@ -352,6 +352,56 @@ def test_totals_of_an_ended_worker_are_kept(directory, marker):
         run.wait_for_worker("proxy-0", restarts=1, state=WorkerState.READY)
         found = run.wait_until_healthy().connections
         assert (found.total, found.active) == (7, 0)
+
+
+def test_totals_of_liars_have_an_end(directory, marker):
+    """What is more than 64 bits have could not be handed over to another version."""
+    absurd = m.Heartbeat(counters={"connections_total": counters.MOST, "bytes_sent": 5})
+
+    async def lie(runtime):
+        if marker.count == 2:
+            await pretend_worker.work(runtime)
+            return
+        marker.add_one()
+        await pretend_worker.send_raw(codec.encode(absurd), b"\xc1")(runtime)
+
+    with supervised_run(directory, proxy_0=lie) as run:
+        run.wait_for_worker("proxy-0", restarts=2, state=WorkerState.READY)
+        found = run.wait_until_healthy().connections
+        assert (found.total, found.bytes_sent) == (counters.MOST, 10)
+
+
+def test_health_is_not_lost_when_a_proxy_that_is_started_again_asks_its_cluster_anew(
+    directory, marker, monkeypatch
+):
+    monkeypatch.setattr("supervisor.clusters.FIRST_ANSWER_SECONDS", 600.0)
+    fresh = msgspec.structs.replace(CLUSTER, is_configured=False)
+
+    async def report(runtime):
+        """Says that it has an answer if `marker` counts 1."""
+        runtime.send(m.ClustersReported(clusters=[fresh]))
+        runtime.ready()
+        while not runtime.stopping.is_set():
+            if marker.count == 1:
+                runtime.send(m.ClustersReported(clusters=[CLUSTER]))
+                break
+            await asyncio.sleep(0.01)
+        await runtime.stopping.wait()
+
+    with supervised_run(directory, proxy_0=report, proxy_1=report) as run:
+        awaited = run.wait_for(lambda found: "clusters-awaited" in found.reason_ids)
+        assert awaited.health == "starting"
+        marker.add_one()
+        before = pids(run.wait_until_healthy())
+        marker.add_one()
+        run.order(cm.Restart(worker="proxy-1"))
+        found = run.wait_for(
+            lambda found: (
+                pids(found)["proxy-1"] != before["proxy-1"]
+                and all(worker.state == "ready" for worker in found.workers)
+            )
+        )
+        assert (found.health, found.reasons) == ("healthy", [])
 
 
 # -- what a worker is --

@@ -64,6 +64,7 @@ def proxy(connections: int) -> m.ConfigureProxy:
 def test_an_honest_worker_has_room_and_a_machine_keeps_half_of_its_memory(machine):
     configuration = m.ConfigureDns(common=COMMON, network=None, upstream=[], ttl_seconds=1)  # type: ignore[arg-type]
     assert most_bytes(configuration, machine) == BASE_BYTES
+    assert most_bytes(m.ConfigureMetrics(common=COMMON), machine) == BASE_BYTES // 2
     wanted = BASE_BYTES + 10_000 * CONNECTION_BYTES
     assert most_bytes(proxy(10_000), machine) == max(BASE_BYTES, min(wanted, machine // 2))
     assert most_bytes(proxy(1_000_000), machine) <= max(BASE_BYTES, machine // 2)

@@ -1,14 +1,17 @@
 """Dial before accept: each held SYN gets a verdict, each accepted connection its upstream.
 
     DialRequest --> DIALLING --verdict--> WAITING --accept--> relay, or SSH session
-                       |                     |
-                       +-- refused           +-- the program never came: closed after a while
+         |             |                     |
+         |             +-- refused           +-- the program never came: closed after a while
+         +-- refused: the program's user may not connect
 
     DIALLING: what the name stands for --> certificate, perhaps with a second factor --> listener
               --> proxy, for SSH through it to the host
 
 A certificate for SSH is for one user of the host, so it is got later, when the program has said who
 that is and proved that it may ask (`workers.proxy.ssh`).
+
+What a stranger sends sets nothing going: no cluster is asked, and nobody (`workers.proxy.who`).
 
 The program's end is known by its (address, port) on both sides, so a connection that finds no
 upstream here was admitted by a predecessor of this process, or by nobody: it is reset, and the
@@ -32,11 +35,15 @@ from typing import Protocol, TypeAlias
 from ipc.addresses import ipv4_twin
 from ipc.connection_id import about
 from ipc.log_limit import UNLIMITED
-from ipc.messages import DialRequest, DialVerdict, Refusal
+from ipc.messages import DialRequest, DialVerdict, HttpRules, Refusal
 from workers.proxy import connection_targets, dial
 from workers.proxy.book import BookError
 from workers.proxy.connections import Ledger, Record
 from workers.proxy.dial_plan import DialPlan
+from workers.proxy.guarded_relay import GuardedRelay
+from workers.proxy.http_guard.guard import Guard
+from workers.proxy.http_guard.refusal import Refused
+from workers.proxy.http_guard.rules import rules_for
 from workers.proxy.listeners import NoListenerError, Place, ProxyListeners, describe, flow_key
 from workers.proxy.long_waits import LongWaits
 from workers.proxy.naming import Naming
@@ -45,7 +52,7 @@ from workers.proxy.reactor import Reactor
 from workers.proxy.refusal_log import RefusalLog
 from workers.proxy.relay import Relay, RelayEnd, RelayOutcome
 from workers.proxy.teleport.client import Teleport
-from workers.proxy.teleport.errors import TeleportError
+from workers.proxy.teleport.errors import TeleportError, safe_text
 from workers.proxy.teleport.ssh_credentials import SshCredentials
 from workers.proxy.teleport.targets import (
     AppTarget,
@@ -59,6 +66,7 @@ from workers.proxy.teleport.targets import (
 )
 from workers.proxy.undecided import Meaning, WebNames, error_of, meaning_of
 from workers.proxy.upstream import Upstream
+from workers.proxy.who import Doorbell, Stranger
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +84,8 @@ ACCEPT_SECONDS = 10.0
 # SSH connections of programs that have not proved who they are, and at most half of all. Whoever may
 # log in does so in well under a second; the one that takes longest makes room for the next.
 MAX_STRANGERS = 1000
+# Lines of the log about users that may not connect, in its window: they must not crowd out the others.
+MAX_KINDS_OF_STRANGERS = 20
 _RESET = struct.pack("ii", 1, 0)
 # What is shown of attempts that count as neither.
 _ABANDONED = (
@@ -90,6 +100,7 @@ _REFUSALS: dict[type[dial.DialError], Refusal] = {
     dial.NodeDeniedError: Refusal.ACCESS_DENIED,
     dial.LoginRefusedError: Refusal.NOT_LOGGED_IN,
 }
+_MAX_HOST = 100  # of a wrong one in a log line
 _FAILED = (RelayEnd.BROKEN, RelayEnd.APP_RESET)
 
 
@@ -148,13 +159,14 @@ class _LoginEndedError(TeleportError):
 class _Dial:
     """One held SYN. `owner` is None as long as no login is used."""
 
-    __slots__ = ("host", "is_over", "name", "owner", "record", "request", "task")
+    __slots__ = ("host", "is_over", "may_be_http", "name", "owner", "record", "request", "task")
 
     def __init__(self, request: DialRequest) -> None:
         self.request = request
         self.name = ""
         self.owner: Owner | None = None
         self.host: ClusterTarget | None = None  # set for SSH
+        self.may_be_http = False
         self.task: asyncio.Task[None] | None = None
         self.is_over = False  # a verdict was given, or nobody wants one
         self.record: Record  # as soon as it is worked on
@@ -200,6 +212,7 @@ class Admission:
     def __init__(
         self,
         *,
+        doorbell: Doorbell,
         naming: Naming,
         teleport: Teleport,
         reactor: Reactor,
@@ -209,10 +222,13 @@ class Admission:
         max_connections: int,
         max_long_waits: int,
         open_ssh: OpenSsh | None = None,
+        http: HttpRules,
     ) -> None:
         self.listeners: ProxyListeners
+        self.http = http  # for connections that are accepted from now on
         self.ledger = Ledger()
         self._loop = asyncio.get_running_loop()
+        self._doorbell = doorbell
         self._naming = naming
         self._teleport = teleport
         self._reactor = reactor
@@ -226,6 +242,9 @@ class Admission:
         self._long_waits: LongWaits[_Dial] = LongWaits(max_total=max_long_waits)
         self._thinning: asyncio.TimerHandle | None = None
         self._refusal_log = RefusalLog()
+        self._stranger_log = RefusalLog(max_kinds=MAX_KINDS_OF_STRANGERS)
+        # Of its own: web pages may choose the names in it.
+        self._request_log = RefusalLog()
         self._dialling: dict[int, _Dial] = {}
         self._waiting: dict[FlowKey, _Waiting] = {}
         self._relays: dict[Connection, Owner | None] = {}
@@ -238,6 +257,7 @@ class Admission:
         self._bytes_of_ended = [0, 0]
         for name in ("connections_total", "connections_failed", "connections_orphaned", "probes"):
             counters[name] = 0
+        counters["http_refused"] = counters["refused_users"] = 0
         self.count()
 
     # -- before the accept --
@@ -259,6 +279,13 @@ class Admission:
             self._answer(DialVerdict(flow_id=request.flow_id, refusal=Refusal.PROBE))
             return
         wanted.record = self.ledger.begins(request)
+        if (stranger := self._doorbell.stranger(request)) is not None:
+            with suppress(TeleportError, BookError):
+                entry = self._naming.entry_of(ipv4_twin(request.destination))
+                wanted.name = entry.name
+                self.ledger.leads_to(wanted.record, connection_targets.booked(entry))
+            self._turn_away(wanted, stranger)
+            return
         in_use = len(self._dialling) + len(self._waiting) + len(self._relays)
         if in_use >= self._max_connections:
             why = f"{self._max_connections} connections are open, which is the limit"
@@ -267,6 +294,18 @@ class Admission:
         self._dialling[request.flow_id] = wanted
         wanted.task = self._loop.create_task(self._admit(wanted))
         wanted.task.add_done_callback(lambda _task: self._forget(wanted))
+
+    def _turn_away(self, wanted: _Dial, stranger: Stranger) -> None:
+        self._answer_no(wanted, Refusal.USER_NOT_ALLOWED, self._tell_stranger(wanted, stranger))
+
+    def _tell_stranger(self, wanted: _Dial, stranger: Stranger) -> str:
+        """Counts and logs it; the sentence for the list."""
+        self._counters["refused_users"] += 1
+        refusal, who = Refusal.USER_NOT_ALLOWED, f" from {stranger.who}" if stranger.who else ""
+        # Without the program's port, so that repetitions are counted.
+        line = f"connection{who} to {wanted.where} refused ({refusal}): {stranger.why}"
+        self._tell_refusal(self._stranger_log, line, wanted)
+        return f"connection{who} (port {wanted.request.source_port}): {stranger.why}"
 
     def abandon(self, flow_id: int) -> None:
         """The SYN was given up; what was dialled for it is closed."""
@@ -307,6 +346,7 @@ class Admission:
         profile = self._web_names.profile_of(entry.name, port, self._loop.time())
         if profile is not None:
             self.ledger.leads_to(wanted.record, connection_targets.web(entry.name, profile))
+            wanted.may_be_http = True
             plan = self._teleport.web_plan(profile)
         else:
             plan = await self._decide(wanted, await self._naming.meaning_of(entry))
@@ -322,6 +362,7 @@ class Admission:
         target = connection_targets.meant(wanted.name, meaning, found, port)
         if target is not None:
             self.ledger.leads_to(wanted.record, target)
+        wanted.may_be_http = meaning is not Meaning.SSH and not isinstance(found, DatabaseTarget)
         match meaning, found:
             case Meaning.DIAL, AppTarget() | DatabaseTarget():
                 return await self._certified(wanted, found)
@@ -375,6 +416,13 @@ class Admission:
         if wanted.is_over:  # stopped in the turn in which it succeeded
             upstream.close()
             return
+        if (stranger := self._doorbell.stranger(wanted.request)) is not None:
+            upstream.close()
+            if stranger.is_gone:
+                self._lose(wanted)
+            else:
+                self._turn_away(wanted, stranger)
+            return
         wanted.is_over = True
         # Before the verdict: the program's next SYN may be here before the task has ended.
         self._forget(wanted)
@@ -383,6 +431,13 @@ class Admission:
         self._waiting[wanted.key] = _Waiting(upstream, wanted, expiry)
         log.debug("connection to %s admitted", wanted.where, extra=wanted.about)
         self._answer(DialVerdict(flow_id=wanted.request.flow_id))
+
+    def _lose(self, wanted: _Dial) -> None:
+        """The program has gone away while this was dialled."""
+        wanted.is_over = True
+        self.ledger.cancelled(wanted.record, _ABANDONED)
+        # Should somebody else be there by now.
+        self._answer(DialVerdict(flow_id=wanted.request.flow_id, refusal=Refusal.TIMED_OUT))
 
     def _give_up(self, key: FlowKey, why: str = _NEVER_CAME) -> None:
         if (waiting := self._waiting.pop(key, None)) is not None:
@@ -394,15 +449,26 @@ class Admission:
     def _refuse(self, wanted: _Dial, refusal: Refusal, why: str) -> None:
         if wanted.is_over:
             return
+        line = f"connection to {wanted.where} refused ({refusal}): {why}"
+        self._tell_refusal(self._refusal_log, line, wanted)
+        self._answer_no(wanted, refusal, why)
+
+    def _answer_no(self, wanted: _Dial, refusal: Refusal, why: str) -> None:
         wanted.is_over = True
         self._counters["connections_failed"] += 1
         self.ledger.refused(wanted.record, refusal, why)
-        line = f"connection to {wanted.where} refused ({refusal}): {why}"
-        if self._refusal_log.note(line, self._loop.time()):
+        self._answer(DialVerdict(flow_id=wanted.request.flow_id, refusal=refusal))
+
+    def _tell_refused_request(self, refused: Refused, wanted: _Dial) -> None:
+        host = f" for Host '{safe_text(refused.host, _MAX_HOST)}'" if refused.host else ""
+        line = f"HTTP request{host} at {wanted.name} refused: {refused.reason}"
+        self._tell_refusal(self._request_log, line, wanted)
+
+    def _tell_refusal(self, told: RefusalLog, line: str, wanted: _Dial) -> None:
+        if told.note(line, self._loop.time()):
             log.info("%s", line, extra={**UNLIMITED, **wanted.about})
         else:
             log.debug("%s", line, extra=wanted.about)
-        self._answer(DialVerdict(flow_id=wanted.request.flow_id, refusal=refusal))
 
     def _stop(self, wanted: _Dial) -> None:
         wanted.is_over = True
@@ -444,11 +510,17 @@ class Admission:
         waiting = None if key is None else self._waiting.pop(key, None)
         if waiting is None:
             self._counters["connections_orphaned"] += 1
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            connection.close()
+            _reset(connection)
             return
         waiting.expiry.cancel()
         self._shrunk.set()
+        if (stranger := self._doorbell.taker(waiting.dial.request)) is not None:
+            self._counters["connections_failed"] += 1
+            why = self._tell_stranger(waiting.dial, stranger)
+            self.ledger.refused(waiting.dial.record, Refusal.USER_NOT_ALLOWED, why)
+            waiting.upstream.close()
+            _reset(connection)
+            return
         self._counters["connections_total"] += 1
         relay = self._join(connection, waiting)
         self._relays[relay] = waiting.dial.owner
@@ -477,7 +549,12 @@ class Admission:
 
         joined: Connection
         if host is None:
-            joined = Relay(self._reactor, connection, waiting.upstream, on_end)
+            rules = rules_for(wanted.name, self.http) if wanted.may_be_http else None
+            if rules is None:
+                joined = Relay(self._reactor, connection, waiting.upstream, on_end)
+            else:
+                guard = Guard(rules)
+                joined = GuardedRelay(self._reactor, connection, waiting.upstream, on_end, guard)
             return joined
         assert self._open_ssh is not None
 
@@ -503,6 +580,9 @@ class Admission:
         self._bytes_of_ended[0] += outcome.bytes_up
         self._bytes_of_ended[1] += outcome.bytes_down
         self.ledger.ended(wanted.record, outcome)
+        if isinstance(relay, GuardedRelay) and relay.refused is not None:
+            self._counters["http_refused"] += 1
+            self._tell_refused_request(relay.refused, wanted)
         # Few SSH clients show why a session failed.
         is_shown = wanted.host is not None and outcome.end in _FAILED
         log.log(
@@ -523,8 +603,10 @@ class Admission:
 
     def count(self) -> None:
         """Brings the counters up to date, and tells of refusals that were only counted."""
-        for line in self._refusal_log.due(self._loop.time()):
-            log.info("%s", line, extra=UNLIMITED)
+        now = self._loop.time()
+        for told in (self._refusal_log, self._stranger_log, self._request_log):
+            for line in told.due(now):
+                log.info("%s", line, extra=UNLIMITED)
         self._counters["connections_now"] = len(self._relays)
         self._counters["dialling_now"] = len(self._dialling)
         self._counters["waiting_now"] = len(self._waiting)
@@ -573,6 +655,11 @@ class Admission:
         await self._give_up_all()
         for relay in list(self._relays):
             relay.abort()
+
+
+def _reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    connection.close()
 
 
 def _crowded(wanted: _Dial) -> _CrowdedError:

@@ -25,6 +25,8 @@ from workers.proxy.naming import Naming
 from workers.proxy.prompts import PromptServer
 from workers.proxy.reactor import Reactor
 from workers.proxy.teleport.client import Teleport, default_settings
+from workers.proxy.teleport.issue_tally import IssueTally
+from workers.proxy.who import make_doorbell
 from workers.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -71,12 +73,15 @@ class ProxyWorker:
                 environment=dict(os.environ),
                 prompter=self._prompts,
                 prompt_seconds=config.mfa_seconds,
+                tally=IssueTally(runtime.counters),
             ),
             on_change=self._change,
         )
         self._naming = Naming(self._teleport, self._book, config.network)
         self._ssh_files: SshHousekeeping | None = None
+        self._doorbell = make_doorbell(config.network, config.access, runtime.descriptors)
         self._admission = Admission(
+            doorbell=self._doorbell,
             naming=self._naming,
             teleport=self._teleport,
             reactor=Reactor(asyncio.get_running_loop()),
@@ -86,6 +91,7 @@ class ProxyWorker:
             max_connections=config.max_connections,
             max_long_waits=max(1, MAX_OF_ALL_PROXIES // config.common.proxies),
             open_ssh=self._ssh_opener() if config.common.slot == SSH else None,
+            http=config.http,
         )
         self._teleport.on_owner_gone = self._admission.cut
         self._listeners = ProxyListeners(
@@ -182,6 +188,7 @@ class ProxyWorker:
         await self._stop_answering()
         await self._stop_asking()
         await self._connection_server.close()
+        self._doorbell.close()
         self._counting.cancel()
 
     # -- SSH --
@@ -221,6 +228,10 @@ class ProxyWorker:
                 self._listeners.refused(message)
             case m.NetworkChanged():
                 self._naming.use_network(message.network)
+                self._doorbell.use_network(message.network)
+            case m.SecurityChanged():
+                self._doorbell.use_access(message.access)
+                self._admission.http = message.http
             case _:
                 log.error("unexpected %s from the supervisor", type(message).__name__)
 
@@ -243,7 +254,10 @@ class ProxyWorker:
 
     def _count(self) -> None:
         self._admission.count()
-        self._runtime.counters["listeners_now"] = len(self._listeners)
+        counters = self._runtime.counters
+        counters["listeners_now"] = len(self._listeners)
+        counters["questions_now"] = len(self._questions)
+        counters["prompts_now"] = self._prompts.waiting
         self._counting = self._loop.call_later(COUNT_SECONDS, self._count)
 
     # -- tun --

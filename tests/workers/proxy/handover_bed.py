@@ -244,7 +244,6 @@ class Bed:
             common=common,
             network=msgspec.structs.replace(NETWORK),
             teleport_home=str(self.directory / "tsh"),
-            user_home=str(self.directory),
             book_path=str(self.directory / "book.sqlite"),
             prompts_dir=str(prompts),
             max_connections=1000,
@@ -252,6 +251,8 @@ class Bed:
             ca_file="",
             insecure=False,
             mfa_seconds=60.0,
+            # Its programs' SYNs are made up.
+            access=m.Access(uids=[], is_checked=False),
         )
 
     # -- the supervisor --

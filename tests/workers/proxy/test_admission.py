@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from glue_fakes import (
+    NETWORK,
     OWNER,
     PLAN,
     PROFILE,
@@ -26,12 +27,15 @@ from glue_fakes import (
 
 from ipc.connection_id import connection_id
 from ipc.connection_list import LIVE, ConnectionTold
-from ipc.messages import DialRequest, DialVerdict, Refusal
+from ipc.messages import Access, DialRequest, DialVerdict, HttpRules, Refusal
+from ipc.socket_owner import SYN_SENT, UNKNOWN
+from ipc.socket_owner import Owner as SocketOwner
 from workers.proxy import admission as module
 from workers.proxy import dial, undecided
 from workers.proxy.admission import Admission
 from workers.proxy.book import BookTarget, BookUnavailableError, Entry
 from workers.proxy.dial_plan import DialPlan
+from workers.proxy.http_guard.refusal import Refused
 from workers.proxy.listeners import NoListenerError
 from workers.proxy.naming import UnknownAddressError
 from workers.proxy.relay import RelayEnd, RelayOutcome
@@ -44,14 +48,17 @@ from workers.proxy.teleport.errors import (
 )
 from workers.proxy.teleport.targets import (
     AppTarget,
+    ClusterTarget,
     NoSuchName,
     NotOurs,
     Owner,
     Resolution,
     WebApp,
 )
+from workers.proxy.who import Doorbell
 
 PROBED = (b"\x64\x40\0\2", 47_001)
+ALICE, MALLORY = 1000, 1001
 
 
 class FakeUpstream:
@@ -88,6 +95,21 @@ class FakeRelay:
         self._on_end(RelayOutcome(end, self.bytes_up, self.bytes_down, error))
 
 
+class FakeGuardedRelay(FakeRelay):
+    """A relay whose program is looked at."""
+
+    made: "list[FakeGuardedRelay]"
+
+    def __init__(self, reactor, local, upstream, on_end, guard) -> None:
+        super().__init__(reactor, local, upstream, on_end)
+        self.guard = guard
+        self.refused: Refused | None = None
+
+    def refuse(self, refused: Refused) -> None:
+        self.refused = refused
+        self.end(RelayEnd.HTTP_REFUSED, "refused")
+
+
 class FakeSession(FakeRelay):
     """An SSH session."""
 
@@ -96,6 +118,23 @@ class FakeSession(FakeRelay):
     def __init__(self, reactor, local, upstream, *, name, about, credentials, on_end) -> None:
         super().__init__(reactor, local, upstream, on_end)
         self.name, self.about, self.credentials = name, about, credentials
+
+
+class FakeKernel:
+    """Says that every socket is this user's; None: there is none."""
+
+    interface = 0
+
+    def __init__(self, uid: int | None) -> None:
+        self.uid = uid
+        self.asked: list[int] = []
+
+    def tcp_owner(self, *_ends: object, states: int) -> SocketOwner | None:
+        self.asked.append(states)
+        return None if self.uid is None else SocketOwner(self.uid, 1, 2)
+
+    def close(self) -> None:
+        pass
 
 
 class FakeListeners:
@@ -128,7 +167,12 @@ class FakeNaming:
 
 class Bed:
     def __init__(
-        self, max_connections: int = 10, max_long_waits: int = 100, *, has_ssh: bool = False
+        self,
+        max_connections: int = 10,
+        max_long_waits: int = 100,
+        *,
+        has_ssh: bool = False,
+        kernel: FakeKernel | None = None,
     ) -> None:
         self.verdicts: list[DialVerdict] = []
         self.naming, self.teleport, self.listeners = FakeNaming(), FakeTeleport(), FakeListeners()
@@ -138,7 +182,9 @@ class Bed:
         self.deadlines: list[float] = []
         # One per dial; after the last each dial succeeds.
         self.dial_results: list[Exception | asyncio.Event] = []
+        access = Access(uids=[0, ALICE], user="alice", is_checked=kernel is not None)
         self.admission = Admission(
+            doorbell=Doorbell(NETWORK, access, kernel),
             naming=self.naming,
             teleport=self.teleport,
             reactor=None,
@@ -148,6 +194,7 @@ class Bed:
             max_connections=max_connections,
             max_long_waits=max_long_waits,
             open_ssh=FakeSession if has_ssh else None,
+            http=HttpRules(is_checked=False),
         )
         self.admission.listeners = self.listeners
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -225,8 +272,10 @@ def run(monkeypatch):
     """Runs a scenario in a bed; nothing may be left open by it."""
     FakeRelay.made = []
     FakeSession.made = []
+    FakeGuardedRelay.made = []
     monkeypatch.setattr(FakeRelay, "ends_at_once", False)
     monkeypatch.setattr(module, "Relay", FakeRelay)
+    monkeypatch.setattr(module, "GuardedRelay", FakeGuardedRelay)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
 
     def run_scenario(scenario, **options) -> None:
@@ -1035,5 +1084,205 @@ def test_probes_are_not_in_the_list(run):
         probe = msgspec.structs.replace(request, destination=PROBED[0], destination_port=PROBED[1])
         bed.admission.request(probe)
         assert bed.told() == []
+
+    run(scenario)
+
+
+def test_a_stranger_gets_a_refusal_at_once_and_sets_nothing_going(run, caplog):
+    kernel = FakeKernel(MALLORY)
+
+    async def scenario(bed, program):
+        caplog.set_level(logging.INFO, module.__name__)
+        bed.teleport.plan_result = LoginExpiredError("nobody asks")
+        bed.admission.request(bed.request(program))
+        # Without a turn of the loop.
+        [verdict] = bed.verdicts
+        assert verdict == DialVerdict(flow_id=1, refusal=Refusal.USER_NOT_ALLOWED)
+        assert bed.naming.asked == 0
+        assert bed.teleport.planned == bed.teleport.spellings == bed.plans == []
+        assert bed.count("refused_users") == bed.count("connections_failed") == 1
+        [told] = bed.told()
+        port = program.getsockname()[1]
+        assert told.error == (
+            f"connection from uid 1001 (port {port}): only alice, root and those in"
+            " security.allow_users may connect"
+        )
+        assert (told.name, told.profile) == ("pg.example.test", PROFILE)
+        assert told.refusal is Refusal.USER_NOT_ALLOWED
+        [line] = [r.message for r in caplog.records if r.levelno == logging.INFO]
+        assert line.startswith("connection from uid 1001 to pg.example.test at 127.0.0.1:")
+        assert "only alice, root and" in line
+        kernel.uid = ALICE
+        bed.teleport.plan_result = PLAN
+        assert await bed.verdict(program, flow_id=2) is None
+        bed.connect(program)
+        FakeRelay.made[0].end()
+
+    run(scenario, kernel=kernel)
+
+
+def test_who_has_the_end_when_all_is_ready_is_who_counts(run, caplog):
+    kernel = FakeKernel(ALICE)
+
+    async def scenario(bed, program):
+        caplog.set_level(logging.INFO, module.__name__)
+        for flow_id, (uid, refusal) in enumerate(
+            [
+                (MALLORY, Refusal.USER_NOT_ALLOWED),
+                (None, Refusal.TIMED_OUT),
+                (UNKNOWN, Refusal.TIMED_OUT),
+            ],
+            1,
+        ):
+            kernel.uid, gate = ALICE, asyncio.Event()
+            bed.dial_results = [gate]
+            bed.admission.request(bed.request(program, flow_id))
+            await until(lambda number=flow_id: len(bed.plans) == number)
+            kernel.uid = uid
+            gate.set()
+            assert await bed.answer(flow_id) is refusal
+            assert bed.dialled[-1].is_closed
+        assert kernel.asked == [SYN_SENT] * 6
+        assert bed.count("refused_users") == bed.count("connections_failed") == 1
+        assert bed.count("waiting_now") == 0
+        told = bed.told()
+        assert [line.state for line in told] == ["failed", "cancelled", "cancelled"]
+        assert {line.name for line in told} == {"pg.example.test"}
+        # Whoever presses Ctrl+C is no stranger.
+        assert [r.message for r in caplog.records if "refused" in r.message] == [
+            r.message for r in caplog.records if "from uid 1001" in r.message
+        ]
+        await until(lambda: not bed.count("dialling_now"))
+
+    run(scenario, kernel=kernel)
+
+
+@pytest.mark.parametrize("uid", [MALLORY, ALICE, None, UNKNOWN])
+def test_who_has_the_end_when_it_is_accepted_gets_the_connection_if_it_may(run, uid):
+    kernel = FakeKernel(ALICE)
+
+    async def scenario(bed, program):
+        assert await bed.verdict(program) is None
+        kernel.uid = uid
+        bed.connect(program)
+        # Of a program that has said all it has to say nothing can be found out.
+        is_refused = uid == MALLORY
+        assert bed.count("connections_failed") == bed.count("refused_users") == is_refused
+        assert bed.count("connections_total") == (not is_refused)
+        assert len(FakeRelay.made) == (not is_refused)
+        assert bed.count("waiting_now") == 0
+        assert len(bed.verdicts) == 1
+        [told] = bed.told()
+        assert (told.refusal is Refusal.USER_NOT_ALLOWED) == is_refused
+        if is_refused:
+            assert bed.dialled[0].is_closed
+            with pytest.raises(ConnectionResetError):
+                program.recv(1)
+        else:
+            FakeRelay.made[0].end()
+
+    run(scenario, kernel=kernel)
+
+
+def test_a_stranger_is_refused_before_the_limit_and_at_an_address_without_a_name(run):
+    async def scenario(bed, program):
+        bed.naming.error = UnknownAddressError("no name was given this address")
+        assert await bed.verdict(program) is Refusal.USER_NOT_ALLOWED
+        bed.naming.error = BookUnavailableError("the file is gone")
+        assert await bed.verdict(program, flow_id=2) is Refusal.USER_NOT_ALLOWED
+        assert {told.name for told in bed.told()} == {""}
+
+    run(scenario, kernel=FakeKernel(MALLORY), max_connections=0)
+
+
+def test_a_probe_is_answered_whoever_sends_it(run):
+    async def scenario(bed, program):
+        request = DialRequest(
+            flow_id=1,
+            source=b"\x7f\0\0\1",
+            source_port=1,
+            destination=PROBED[0],
+            destination_port=PROBED[1],
+        )
+        bed.admission.request(request)
+        assert bed.verdicts == [DialVerdict(flow_id=1, refusal=Refusal.PROBE)]
+
+    run(scenario, kernel=FakeKernel(MALLORY))
+
+
+def test_strangers_do_not_fill_the_log_nor_keep_others_from_it(run, caplog):
+    kernel = FakeKernel(MALLORY)
+
+    async def scenario(bed, program):
+        caplog.set_level(logging.INFO, module.__name__)
+        for number in range(1000):
+            kernel.uid = MALLORY + number
+            bed.admission.request(bed.request(program, flow_id=1 + number))
+        told = [r for r in caplog.records if r.levelno == logging.INFO]
+        assert len(told) == module.MAX_KINDS_OF_STRANGERS
+        kernel.uid = ALICE
+        bed.teleport.plan_result = LoginExpiredError("log in")
+        assert await bed.verdict(program, flow_id=2000) is Refusal.NOT_LOGGED_IN
+        assert "log in" in caplog.records[-1].message
+
+    run(scenario, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("found", "is_looked_at"),
+    [
+        (app_target(), True),
+        (database_target(), False),
+        (WebApp(PROFILE, "page"), True),
+        (cluster_target(), True),  # the second time without asking
+    ],
+)
+def test_what_may_be_http_is_looked_at(run, found, is_looked_at):
+    async def scenario(bed, _):
+        bed.admission.http = HttpRules()
+        bed.naming.found = found
+        if isinstance(found, WebApp | ClusterTarget):
+            bed.teleport.web_port = lambda _profile: bed.place[1]
+        for flow_id in (1, 2):
+            with bed.program() as program:
+                assert await bed.verdict(program, flow_id) is None
+                bed.connect(program)
+                made, others = FakeGuardedRelay.made, FakeRelay.made
+                wanted = (flow_id, 0) if is_looked_at else (0, flow_id)
+                assert (len(made), len(others)) == wanted
+                (made or others)[-1].end()
+
+    run(scenario)
+
+
+def test_rules_are_those_in_force_when_the_connection_is_accepted(run):
+    async def scenario(bed, program):
+        bed.admission.http = HttpRules()
+        assert await bed.verdict(program) is None
+        bed.admission.http = HttpRules(hosts={"pg.example.test": ["*"]})
+        bed.connect(program)
+        assert not FakeGuardedRelay.made
+        FakeRelay.made[0].end()
+
+    run(scenario)
+
+
+def test_refused_requests_are_counted_and_told_once_without_what_moves_a_cursor(run, caplog):
+    async def scenario(bed, _):
+        caplog.set_level(logging.INFO, module.__name__)
+        bed.admission.http = HttpRules()
+        refused = Refused(421, "the Host is not a name of the app", "evil\x1b[2J" + "x" * 300, b"")
+        for flow_id in range(1, 4):
+            with bed.program() as program:
+                assert await bed.verdict(program, flow_id) is None
+                bed.connect(program)
+                FakeGuardedRelay.made[-1].refuse(refused)
+        assert bed.count("http_refused") == 3
+        [line] = [r.message for r in caplog.records if r.levelno == logging.INFO]
+        assert line.startswith("HTTP request for Host 'evil [2Jxxx")
+        assert line.endswith("...' at pg.example.test refused: the Host is not a name of the app")
+        assert line.isprintable()
+        assert len(line) < 250
+        assert {told.end for told in bed.told()} == {"http_refused"}
 
     run(scenario)

@@ -228,6 +228,10 @@ def test_a_second_factor_for_each_connection(tmp_path):
         prompter.error = MfaUnansweredError("declined")
         with pytest.raises(MfaUnansweredError):
             await bed.run("guarded", "echo in")
+        assert bed.client._settings.tally.counters == {
+            "certificates_ssh_issued": 2,
+            "certificates_ssh_failed": 1,
+        }
 
     run(tmp_path, scenario, prompter=prompter)
     assert [q.target for q in prompter.questions] == ["SSH host guarded as alice"] * 3

@@ -266,10 +266,11 @@ def test_after_the_stop_everything_is_as_before(surroundings, machine):
     def state() -> dict[str, object]:
         return {
             "resolvectl": [
-                line
+                # As far as the longest label lets them, lines are indented.
+                line.strip()
                 for line in machine.output("resolvectl", "--no-pager", "status").splitlines()
                 # Which server answered last is no setting.
-                if "Current DNS Server" not in line
+                if line.strip() and "Current DNS Server" not in line
             ],
             "files": {
                 path: found

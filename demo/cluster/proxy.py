@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 20_000
 _MAX_REQUEST_HEAD_BYTES = 16 * 1024
+# From the accept over transport and task to the end of an abort.
+_ARRIVAL_TURNS = 8
 # A fatal alert, no_application_protocol (RFC 7301 section 3.2), as Go's servers send it.
 _NO_APPLICATION_PROTOCOL = b"\x15\x03\x03\0\2\2\x78"
 
@@ -142,6 +144,9 @@ class Proxy:
         """Stops listening and ends every connection."""
         self.stop_listening()
         await self.drop(*Kind)
+        # One that was just accepted has no task that could close it until asyncio has had its turns.
+        for _ in range(_ARRIVAL_TURNS):
+            await asyncio.sleep(0)
 
     def drop_nodes(self, names: Container[str]) -> None:
         """Ends the streams to nodes with one of these names or UUIDs."""

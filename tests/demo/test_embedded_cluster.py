@@ -1005,6 +1005,21 @@ def test_stopping_ends_busy_and_stalled_connections(tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_stopping_ends_a_connection_that_has_just_come(tmp_path, turns):
+    async def main():
+        before = open_descriptors()
+        config = parse_cluster_file(FILE.format(ping=30))
+        async with EmbeddedCluster(config, tmp_path / "tsh"):
+            client = socket.create_connection(Home(tmp_path / "tsh").address)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        client.close()
+        assert open_descriptors() <= before
+
+    asyncio.run(main())
+
+
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path

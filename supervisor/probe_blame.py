@@ -35,6 +35,10 @@ TUN: Final = "tun"
 GAP_SECONDS: Final = 1.0
 # What a worker does shows in its next heartbeat, which is looked at so much later.
 _LATE_SECONDS: Final = 0.5
+# A worker that gets no processor beats late and does as little; nor does it do anything while nobody asks,
+# because tun or the supervisor gets none. The first probes that tun tells of may be those before.
+_IDLE_BEATS: Final = 3
+_ARRIVED_PROBES: Final = 3
 # What a worker's counters say of its part; each rises while it does that.
 _MOVED: Final = ("packets_to_inner", "packets_to_outer")
 _ARRIVED: Final = "probes"
@@ -43,7 +47,7 @@ _REFUSED: Final = "refused_probe"
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker that is ready. `counters` are those of its latest heartbeat."""
+    """A worker that is ready. `counters` are those of its latest heartbeat, another object with each."""
 
     started_at: float
     counters: Mapping[str, int] = field(default_factory=dict)
@@ -69,24 +73,31 @@ class Way:
 
 
 class _Note:
-    """What a worker had done, and tun had seen, in the middle of a silence."""
+    """When a worker did something last in a silence, and what has come since: its heartbeats, probes to tun."""
 
-    def __init__(self, now: float, done: int, arrived: int) -> None:
+    def __init__(self, now: float, done: int, arrived: int, beat: object) -> None:
         self._done = done
         self._done_at = now
         self._arrived = arrived
+        self._beat = beat
+        self._beats = 0
 
-    def look(self, now: float, done: int) -> None:
+    def look(self, now: float, done: int, arrived: int, beat: object) -> None:
+        """`beat` is another object with each heartbeat."""
         if done != self._done:
-            self._done, self._done_at = done, now
+            self._done, self._done_at, self._arrived = done, now, arrived
+            self._beats = 0
+        elif beat is not self._beat:
+            self._beats += 1
+        self._beat = beat
 
-    def idle_seconds(self, now: float) -> float:
-        """For how long the worker has done nothing."""
-        return now - self._done_at
+    def is_idle(self, now: float, seconds: float) -> bool:
+        """Whether the worker has beaten and done nothing for so long."""
+        return now - self._done_at >= seconds and self._beats >= _IDLE_BEATS
 
     def has_arrived(self, arrived: int) -> bool:
         """Whether tun has seen probes since."""
-        return arrived != self._arrived
+        return arrived - self._arrived >= _ARRIVED_PROBES
 
 
 class Blame:
@@ -209,17 +220,18 @@ class Blame:
         arrived = counters.get(_ARRIVED, 0)
         for slot in half_silent:
             way = self.ways[slot]
-            way.note = _noted(way.note, now, _done_by(slot, ready[slot].counters), arrived)
+            done, beat = _done_by(slot, ready[slot].counters), ready[slot].counters
+            way.note = _noted(way.note, now, done, arrived, beat)
         if half_silent.issuperset(self._proxies()):
             refused = counters.get(_REFUSED, 0)
-            self._proxies_silent = _noted(self._proxies_silent, now, refused, arrived)
+            self._proxies_silent = _noted(self._proxies_silent, now, refused, arrived, counters)
         else:
             self._proxies_silent = None
         if len(half_silent) < len(self.ways):
             self._all_silent = self._waiting_since = None
             return
         moved = sum(counters.get(name, 0) for name in _MOVED)
-        self._all_silent = _noted(self._all_silent, now, moved, arrived)
+        self._all_silent = _noted(self._all_silent, now, moved, arrived, counters)
         if not is_waiting():
             self._waiting_since = None
         elif self._waiting_since is None:
@@ -264,7 +276,7 @@ class Blame:
         return is_asked and self._is_idle(way.note, now)
 
     def _is_idle(self, note: _Note, now: float) -> bool:
-        return note.idle_seconds(now) >= self._idle_seconds
+        return note.is_idle(now, self._idle_seconds)
 
     def _may_suspect(self, slot: str) -> bool:
         return bool(self._worked[slot]) and slot not in self._suspected
@@ -302,10 +314,10 @@ class Blame:
             )
 
 
-def _noted(note: _Note | None, now: float, done: int, arrived: int) -> _Note:
+def _noted(note: _Note | None, now: float, done: int, arrived: int, beat: object) -> _Note:
     if note is None:
-        return _Note(now, done, arrived)
-    note.look(now, done)
+        return _Note(now, done, arrived, beat)
+    note.look(now, done, arrived, beat)
     return note
 
 

@@ -31,6 +31,8 @@ class Story:
     started: dict[str, float] = field(default_factory=dict)
     counters: dict[str, Counter[str]] = field(default_factory=dict)
     suspects: list[str] = field(default_factory=list)
+    late: set[str] = field(default_factory=set)  # whose heartbeats do not come
+    beats: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.blame = Blame("vnet0", "100.64.0.2", heartbeat_seconds=0.5, hang_seconds=HANG)
@@ -58,10 +60,10 @@ class Story:
         for slot in answers | answering:
             name = {"dns": "answers_own", TUN: "packets_to_outer"}.get(slot, "probes")
             self.counters[slot][name] += 1
-        ready = {
-            slot: Ready(started_at, dict(self.counters[slot]))
-            for slot, started_at in self.started.items()
+        self.beats |= {
+            slot: dict(self.counters[slot]) for slot in self.started if slot not in self.late
         }
+        ready = {slot: Ready(at, self.beats[slot]) for slot, at in self.started.items()}
         self.blame.follow(self.now, ready)
         for slot in self.blame.ways:
             if slot in answering:
@@ -100,6 +102,24 @@ TABLE = {
     "a proxy, which counts answers": ({"proxy-0"}, {"answers": frozenset({"proxy-0"})}, []),
     "dns, and nothing can be sent to it": ({"dns"}, {"error": BLOCKED}, []),
 }
+
+
+def test_worker_that_gets_no_processor_is_not_suspected():
+    """It beats late, and what it has done is in no heartbeat yet."""
+    story = Story()
+    story.live(3, ENDS)
+    story.late.add("proxy-0")
+    assert story.live(HANG + 3, ENDS - {"proxy-0"}) == []
+    story.late.clear()
+    assert story.live(HANG, ENDS - {"proxy-0"}) == ["proxy-0"]
+
+
+def test_worker_that_nobody_asks_any_more_is_not_suspected():
+    """As while tun, or the supervisor, gets no processor; before that it has answered."""
+    story = Story()
+    story.live(3, ENDS)
+    story.live(HANG - 1, ENDS - {"proxy-0"}, answers=frozenset({"proxy-0"}))
+    assert story.live(HANG + 3, ENDS - {"proxy-0"}, arrives=False) == []
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -80,7 +80,7 @@ class Wire:
         while self.now < end:
             self.now += STEP
             ready = {
-                slot: Ready(started_at, self.counters[slot])
+                slot: Ready(started_at, dict(self.counters[slot]))
                 for slot, started_at in self.started.items()
             }
             found += [suspect.slot for suspect in self.prober.tick(self.now, ready)]

@@ -24,6 +24,8 @@ import paramiko
 from paramiko.common import cMSG_CHANNEL_REQUEST
 
 READ_BYTES = 32 * 1024
+# What paramiko raises when the channel or its connection has gone.
+_GONE = (OSError, EOFError)
 MAX_VARIABLES = 100
 _JOIN_SECONDS = 2.0
 # What Debian's sshd accepts.
@@ -105,7 +107,8 @@ class Session:
 
     def close(self) -> None:
         """Hangs up."""
-        self._channel.close()
+        with contextlib.suppress(*_GONE):
+            self._channel.close()
         self._kill(signal.SIGHUP)
         if self._thread is None:
             self._close_terminal()
@@ -134,13 +137,12 @@ class Session:
                 _send_exit_signal(self._channel, signal.Signals(-status))
             else:
                 self._channel.send_exit_status(status)
-        except (OSError, EOFError) as error:
-            with contextlib.suppress(OSError, EOFError):
+        except _GONE as error:
+            with contextlib.suppress(*_GONE):
                 self._channel.sendall_stderr(f"{error}\n".encode())
                 self._channel.send_exit_status(255)
         finally:
-            # EOFError: the connection has gone.
-            with contextlib.suppress(OSError, EOFError):
+            with contextlib.suppress(*_GONE):
                 self._channel.shutdown_write()
                 self._channel.close()
             if self._feeder is not None:
@@ -183,7 +185,7 @@ class Session:
         standard_input, channel = process.stdin, self._channel
 
         def feed() -> None:
-            with contextlib.suppress(OSError), standard_input:
+            with contextlib.suppress(*_GONE), standard_input:
                 while data := channel.recv(READ_BYTES):
                     standard_input.write(data)
                     standard_input.flush()
@@ -201,7 +203,7 @@ class Session:
 
     def _carry_terminal(self, process: "subprocess.Popen[bytes]", terminal: int) -> int:
         def feed() -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*_GONE):
                 while data := self._channel.recv(READ_BYTES):
                     os.write(terminal, data)
                 if not self._channel.closed:
@@ -220,7 +222,7 @@ class Session:
         try:
             while data := os.read(descriptor, READ_BYTES):
                 send(data)
-        except OSError:
+        except _GONE:
             if self._channel.closed:  # nobody reads what the program has to say
                 self._kill(signal.SIGHUP)
 
@@ -258,19 +260,20 @@ def carry_socket(
     """Copies both ways between a forwarded channel and a connection until both have ended."""
 
     def up() -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_GONE):
             while data := channel.recv(READ_BYTES):
                 end.sendall(data)
             end.shutdown(socket.SHUT_RDWR if channel.closed else socket.SHUT_WR)
 
     def both() -> None:
         feeder = _started(up)
-        with end, contextlib.suppress(OSError):
+        with end, contextlib.suppress(*_GONE):
             while data := end.recv(READ_BYTES):
                 channel.sendall(data)
             channel.shutdown_write()
             feeder.join()
-        channel.close()
+        with contextlib.suppress(*_GONE):
+            channel.close()
         on_end()
 
     _started(both)

@@ -78,7 +78,7 @@ async def ssh_stream(stub, target, cluster="root.test", agent=None):
 def user_key(home: Home) -> paramiko.PKey:
     """The login's SSH key with its certificate."""
     pem = (home.keys / home.user).read_text()
-    kind = paramiko.RSAKey if "RSA" in pem else paramiko.Ed25519Key
+    kind = paramiko.RSAKey if "BEGIN RSA" in pem else paramiko.Ed25519Key
     key = kind(file_obj=io.StringIO(pem))
     key.load_certificate((home.keys / f"{home.user}-ssh/{home.cluster}-cert.pub").read_text())
     return key

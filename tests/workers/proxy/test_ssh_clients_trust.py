@@ -37,8 +37,14 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as server:
 class Server(asyncssh.SSHServer):
     """Takes the key that the identity trusts; the user's name does not matter."""
 
-    def __init__(self, identity: LocalIdentity) -> None:
+    def __init__(
+        self, identity: LocalIdentity, connections: list[asyncssh.SSHServerConnection]
+    ) -> None:
         self._identity = identity
+        self._connections = connections
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._connections.append(conn)
 
     def public_key_auth_supported(self) -> bool:
         return True
@@ -54,10 +60,11 @@ async def served(identity: LocalIdentity, name: str | None):
     key = asyncssh.import_private_key(private_pem(keys.certificate_key))
     certificate = asyncssh.import_certificate(keys.certificate_line)
     plain = asyncssh.import_private_key(private_pem(keys.plain_key))
+    connections: list[asyncssh.SSHServerConnection] = []
     server = await asyncssh.listen(
         "127.0.0.1",
         0,
-        server_factory=lambda: Server(identity),
+        server_factory=lambda: Server(identity, connections),
         server_host_keys=[(key, certificate)] if name else [plain],
         process_factory=lambda process: process.exit(7),
     )
@@ -66,6 +73,10 @@ async def served(identity: LocalIdentity, name: str | None):
     finally:
         server.close()
         await server.wait_closed()
+        # A client may have gone before the server has heard of it.
+        for connection in connections:
+            connection.abort()
+            await connection.wait_closed()
 
 
 async def run(*command: str, home: Path) -> tuple[int | None, str]:

@@ -100,6 +100,14 @@ _REFUSALS: dict[type[dial.DialError], Refusal] = {
     dial.NodeDeniedError: Refusal.ACCESS_DENIED,
     dial.LoginRefusedError: Refusal.NOT_LOGGED_IN,
 }
+# What tells of the proxy as a whole, and not of the app or host behind it.
+_NOT_REACHED = (
+    dial.ProxyUnreachableError,
+    dial.DialTimedOutError,
+    dial.ProxyUntrustedError,
+    dial.HandshakeFailedError,
+    dial.UpgradeFailedError,
+)
 _MAX_HOST = 100  # of a wrong one in a log line
 _FAILED = (RelayEnd.BROKEN, RelayEnd.APP_RESET)
 
@@ -159,11 +167,22 @@ class _LoginEndedError(TeleportError):
 class _Dial:
     """One held SYN. `owner` is None as long as no login is used."""
 
-    __slots__ = ("host", "is_over", "may_be_http", "name", "owner", "record", "request", "task")
+    __slots__ = (
+        "host",
+        "is_over",
+        "may_be_http",
+        "name",
+        "owner",
+        "profile",
+        "record",
+        "request",
+        "task",
+    )
 
     def __init__(self, request: DialRequest) -> None:
         self.request = request
         self.name = ""
+        self.profile = ""  # whose proxy is dialled, as soon as that is known
         self.owner: Owner | None = None
         self.host: ClusterTarget | None = None  # set for SSH
         self.may_be_http = False
@@ -327,8 +346,10 @@ class Admission:
         except TeleportError as error:
             self._refuse(wanted, error.refusal, str(error))
         except dial.DialError as error:
-            refusal = _refusal_of(error)
-            self._refuse(wanted, refusal, str(error))
+            self._refuse(wanted, _refusal_of(error), str(error))
+            if isinstance(error, _NOT_REACHED):
+                # A certificate that is kept lets nobody else notice for minutes.
+                self._teleport.doubt(wanted.profile)
         except (NoListenerError, BookError) as error:
             self._refuse(wanted, Refusal.INTERNAL, str(error))
         except Exception:  # the outermost frame of the task; the program is told something
@@ -345,6 +366,7 @@ class Admission:
         port = request.destination_port
         profile = self._web_names.profile_of(entry.name, port, self._loop.time())
         if profile is not None:
+            wanted.profile = profile
             self.ledger.leads_to(wanted.record, connection_targets.web(entry.name, profile))
             wanted.may_be_http = True
             plan = self._teleport.web_plan(profile)
@@ -357,6 +379,7 @@ class Admission:
         port = wanted.request.destination_port
         web_port = None
         if not isinstance(found, NotOurs | NoSuchName):
+            wanted.profile = found.profile
             web_port = self._teleport.web_port(found.profile)
         meaning = meaning_of(found, port, web_port)
         target = connection_targets.meant(wanted.name, meaning, found, port)

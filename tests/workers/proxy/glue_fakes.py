@@ -55,6 +55,7 @@ class FakeTeleport:
         self.planned: list[tuple[Target, int]] = []
         self.ssh_plan_result: DialPlan | Exception = SSH_PLAN
         self.logins: list[tuple[Target, str]] = []
+        self.doubted: list[str] = []
 
     async def resolve(self, name: str, spelling: str = "", *, fresh: bool = False) -> Resolution:
         self.spellings.append(spelling)
@@ -90,6 +91,9 @@ class FakeTeleport:
 
     def web_port(self, profile: str) -> int | None:
         return WEB_PORT if profile in self.owners else None
+
+    def doubt(self, profile: str) -> None:
+        self.doubted.append(profile)
 
     def owner(self, profile: str) -> Owner | None:
         return self.owners.get(profile)

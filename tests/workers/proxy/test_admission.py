@@ -368,6 +368,27 @@ def test_whatever_fails_the_program_is_refused_with_the_right_reason(run, part, 
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    ("error", "is_doubted"),
+    [
+        (dial.ProxyUnreachableError, True),
+        (dial.DialTimedOutError, True),
+        (dial.ProxyUntrustedError, True),
+        (dial.DialRefusedError, False),
+        (dial.NodeUnreachableError, False),
+    ],
+)
+@pytest.mark.parametrize("found", [app_target(), WebApp(PROFILE, "web")], ids=["app", "web"])
+def test_a_proxy_that_is_not_reached_is_asked_how_it_is(run, found, error, is_doubted):
+    async def scenario(bed: Bed, program: socket.socket) -> None:
+        bed.naming.found = found
+        bed.dial_results = [error("x"), error("x")]
+        assert await bed.verdict(program, port=WEB_PORT) is not None
+        assert bed.teleport.doubted == ([PROFILE] if is_doubted else [])
+
+    run(scenario)
+
+
 def test_abandoned_dial_ends_without_a_verdict(run):
     async def scenario(bed: Bed, program: socket.socket) -> None:
         bed.dial_results = [asyncio.Event()]

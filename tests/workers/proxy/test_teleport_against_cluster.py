@@ -271,6 +271,22 @@ def test_a_cluster_that_goes_down_is_reported_and_found_again(tmp_path, run, fau
     run(scenario())
 
 
+def test_a_proxy_that_nobody_reaches_is_reported_though_each_certificate_is_there(tmp_path):
+    async def scenario():
+        async with started(tmp_path) as bed:
+            await bed.wait_for_config()
+            target = await bed.client.resolve("echo.corp.test")
+            await echo(await bed.client.plan(target, 7))
+            bed.faults("proxy_down")
+            await until(lambda: bed.cluster.states[NAME].faults.proxy_down)
+            with pytest.raises(OSError):
+                await dial(await bed.client.plan(target, 7))
+            bed.client.doubt(target.profile)
+            await until(lambda: bed.state is ClusterState.UNREACHABLE)
+
+    asyncio.run(scenario())
+
+
 @LOOPS
 def test_a_connection_lost_unnoticed_costs_no_question(tmp_path, run):
     async def scenario():

@@ -141,6 +141,25 @@ def test_a_cluster_that_failed_at_a_question_is_asked_soon_how_it_is():
     asyncio.run(run())
 
 
+def test_a_cluster_in_doubt_is_asked_soon_and_not_with_each_doubt():
+    async def run():
+        api, clock = FakeApi(), Clock()
+        cluster = make(api, clock, retry_seconds=5)
+        await cluster.current_config()
+        clock.seconds += 3
+        cluster.doubt()
+        assert not cluster.is_due()
+        clock.seconds += 2
+        assert cluster.is_due()
+        api.error = UnreachableError("down")
+        await cluster.current_config()  # the last one known
+        assert cluster.problem is api.error
+        cluster.doubt()
+        assert not cluster.is_due()
+
+    asyncio.run(run())
+
+
 def test_a_cluster_that_fails_for_long_is_asked_less_often():
     async def run():
         api, clock = FakeApi(error=UnreachableError("down")), Clock()

@@ -288,6 +288,11 @@ class Teleport:
         found = session.login.profile if session is not None else None
         return found.web_port if found is not None else None
 
+    def doubt(self, profile: str) -> None:
+        """The proxy of a profile was not reached: `states` tells soon whether anybody reaches it."""
+        if (session := self._sessions.get(profile)) is not None:
+            session.doubt()
+
     def _session(self, name: str) -> tuple[Session, Profile]:
         session = self._sessions.get(name)
         if session is None or session.login.profile is None:

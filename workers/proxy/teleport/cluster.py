@@ -186,7 +186,7 @@ class Cluster:
         self._max_retry_seconds = max_retry_seconds
         self._failures = 0
         self._limiter = limiter
-        self._refresh_at = -inf
+        self._answered_at = self._refresh_at = -inf
         self._config_error: TeleportError | None = None
         self._flight = SingleFlight[str, ClusterConfig]()
         self._connection = _Connection(connect)
@@ -224,6 +224,12 @@ class Cluster:
     def expire(self) -> None:
         """Lets the next use of the configuration ask the cluster again."""
         self._refresh_at = -inf
+
+    def doubt(self) -> None:
+        """It was not reached in another way: whether it is well is found out soon."""
+        if self.problem is None:
+            soon = max(self._clock(), self._answered_at + self._retry_seconds)
+            self._refresh_at = min(self._refresh_at, soon)
 
     def is_due(self) -> bool:
         """Whether the configuration should be asked for, and nobody is about it."""
@@ -282,6 +288,7 @@ class Cluster:
             self.note(error)
             raise
         self._failures = 0
+        self._answered_at = self._clock()
         if connection is self._connection:
             self._refresh_at = self._clock() + self._ttl_seconds
         changed = config != self.config

@@ -164,6 +164,12 @@ class Session:
         if self._members is not None:
             self._members.refresh()
 
+    def doubt(self) -> None:
+        """The proxy was not reached for a connection: its cluster is asked how it is."""
+        if self._root is not None:
+            self._root.cluster.doubt()
+            self.refresh()
+
     def _leaves_named(self) -> None:
         self._on_change()
         self.refresh()

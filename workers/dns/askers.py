@@ -18,12 +18,12 @@ import functools
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable
-from ipaddress import ip_network
+from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias
 
 from ipc.addresses import as_text
 from ipc.messages import Access, Network
+from ipc.networks import Networks
 from ipc.socket_lookup import SocketLookup
 from ipc.socket_owner import UNKNOWN
 from workers.dns.cache import ExpiringCache
@@ -43,8 +43,6 @@ CONNECTED: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8
 # One line of the log for each user in so many seconds, and for so many users.
 TOLD_SECONDS: Final = 60.0
 _MAX_TOLD: Final = 100
-
-_Mask: TypeAlias = tuple[int, int, int]  # bytes of an address, mask, network
 
 
 class Who(NamedTuple):
@@ -77,7 +75,7 @@ class Askers:
             )
             if served is not None and own is not None
         }
-        self._forwarded = list(_masks(network.forwarded_from))
+        self._forwarded = Networks(network.forwarded_from)
 
     def change_access(self, access: Access) -> None:
         """Takes over who may ask; also for connections that are open."""
@@ -109,7 +107,7 @@ class Askers:
         return not self._is_checked
 
     def _may_know(self, who: Who) -> bool:
-        is_forwarded = who.uid is None and self._is_forwarded(who.address)
+        is_forwarded = who.uid is None and who.address in self._forwarded
         if who.uid in self._users or is_forwarded or not self._is_checked:
             return True
         self._tally.count("refused_users")
@@ -136,10 +134,6 @@ class Askers:
             return Who(UNKNOWN, source, port)
         return Who(None if owner is None else owner.uid, source, port)
 
-    def _is_forwarded(self, address: bytes) -> bool:
-        value, size = int.from_bytes(address), len(address)
-        return any(size == s and value & mask == base for s, mask, base in self._forwarded)
-
     def _tell(self, who: Who) -> None:
         now = time.monotonic()
         if self._told.get(who.uid, now) is not None:
@@ -162,12 +156,6 @@ def _why(uid: int | None, user: str) -> str:
     if uid == UNKNOWN:
         return "this system does not say which user has sent it"
     return f"of uid {uid}; only {user}, root and those in security.allow_users may connect"
-
-
-def _masks(networks: Iterable[str]) -> Iterable[_Mask]:
-    for text in networks:
-        network = ip_network(text)
-        yield network.max_prefixlen // 8, int(network.netmask), int(network.network_address)
 
 
 @functools.lru_cache(maxsize=1000)

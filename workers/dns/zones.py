@@ -18,6 +18,7 @@ from typing import Final, TypeAlias
 
 from ipc.addresses import ipv4_twin
 from ipc.messages import Network
+from ipc.networks import virtual_networks
 from workers.dns.message import CLASS_IN, Query
 
 DIAGNOSTIC_PREFIX: Final = b"vnet-diag-"
@@ -133,11 +134,10 @@ class Zones:
     """The names that can be placed without asking, for one state of the network."""
 
     def __init__(self, network: Network) -> None:
-        self._ranges = list(_ipv4_networks(network.ranges))
-        self._ipv6 = list(_ipv6_networks(network))
+        self._virtual = virtual_networks(network)
         self._trees = (
-            _ReverseTree(b"in-addr", _OCTET, 10, 8, self._ranges),
-            _ReverseTree(b"ip6", _NIBBLE, 16, 4, self._ipv6),
+            _ReverseTree(b"in-addr", _OCTET, 10, 8, list(_ipv4_networks(network.ranges))),
+            _ReverseTree(b"ip6", _NIBBLE, 16, 4, list(_ipv6_networks(network))),
         )
 
     def route(self, query: Query) -> Route:
@@ -156,11 +156,7 @@ class Zones:
 
     def covers(self, address: bytes) -> bool:
         """Whether a packed address lies in a virtual range."""
-        networks = self._ranges if len(address) == 4 else self._ipv6
-        value = int.from_bytes(address)
-        return any(
-            value & int(network.netmask) == int(network.network_address) for network in networks
-        )
+        return address in self._virtual
 
     def _route_in_reverse_zone(self, place: _Place) -> Route:
         if place.address is None:

@@ -14,15 +14,13 @@ the question is asked again when all is ready, and once more about the connectio
 """
 
 import socket
-from collections.abc import Iterable, Sequence
-from ipaddress import ip_network
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ipc.messages import Access, DialRequest, Network
+from ipc.networks import Networks
 from ipc.socket_lookup import SocketLookup, lookup_of
 from ipc.socket_owner import ANY_STATE, SYN_SENT, UNKNOWN
-
-_Mask: TypeAlias = tuple[int, int, int]  # bytes of an address, mask, network
 
 
 class Stranger(NamedTuple):
@@ -46,7 +44,7 @@ class Doorbell:
 
     def use_network(self, network: Network) -> None:
         """Takes over the forwarded networks."""
-        self._forwarded = list(_masks(network.forwarded_from))
+        self._forwarded = Networks(network.forwarded_from)
 
     def use_access(self, access: Access) -> None:
         """Takes over who may connect, from the next attempt on."""
@@ -91,7 +89,7 @@ class Doorbell:
             # The latter if tun has made up the ends.
             return Stranger("", f"the system does not say which user connects ({error})")
         if owner is None:
-            if self._is_forwarded(request.source):
+            if request.source in self._forwarded:
                 return None
             return Stranger(
                 "",
@@ -109,18 +107,8 @@ class Doorbell:
         names = dict.fromkeys((self._access.user or "the VNet user", "root"))
         return f"{', '.join(names)} and those in security.allow_users"
 
-    def _is_forwarded(self, address: bytes) -> bool:
-        value, size = int.from_bytes(address), len(address)
-        return any(size == s and value & mask == base for s, mask, base in self._forwarded)
-
 
 def make_doorbell(network: Network, access: Access, descriptors: Sequence[int]) -> Doorbell:
     """With what came beside the configuration; takes the descriptors over."""
     kernel = socket.socket(fileno=descriptors[0]) if descriptors else None
     return Doorbell(network, access, lookup_of(kernel, access.interface))
-
-
-def _masks(networks: Iterable[str]) -> Iterable[_Mask]:
-    for text in networks:
-        network = ip_network(text)
-        yield network.max_prefixlen // 8, int(network.netmask), int(network.network_address)

@@ -14,12 +14,12 @@ the protocol and IPv6 takes the next header from the first fragment, so one kind
 another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
-from ipaddress import ip_network
 from typing import Final
 
 from ipc.messages import Network
+from ipc.networks import Networks, virtual_networks
 from ipc.probe_ports import probed_proxy
 from workers.tun.packet import ICMP, ICMPV6, TCP, UDP, Malformed, Packet
 
@@ -55,11 +55,8 @@ class Perimeter:
         self._outer: Final = frozenset(a for a in own if a is not None)
         served = (network.dns_ipv4, network.dns_ipv6)
         self._ungated: Final = self._outer | {a for a in served if a is not None}
-        self._ranges: Final = [_as_mask(text) for text in network.ranges]
-        if network.ipv6_prefix is not None:
-            prefix = int.from_bytes(network.ipv6_prefix)
-            self._ranges.append((16, ((1 << 64) - 1) << 64, prefix))
-        self._forwarded: Final = [_as_mask(text) for text in network.forwarded_from]
+        self._ranges: Final = virtual_networks(network)
+        self._forwarded: Final = Networks(network.forwarded_from)
 
     def check_from_outer(self, packet: Packet) -> Drop | None:
         """Why a packet read from the outer device does not pass, or None."""
@@ -102,11 +99,11 @@ class Perimeter:
     def _is_program(self, address: bytes) -> bool:
         """Whether connections may come from there."""
         return address in self._outer or (
-            _is_in(self._forwarded, address) and not self._is_virtual(address)
+            address in self._forwarded and not self._is_virtual(address)
         )
 
     def _is_virtual(self, address: bytes) -> bool:
-        return address in self._ungated or _is_in(self._ranges, address)
+        return address in self._ungated or address in self._ranges
 
 
 class FastPath:
@@ -204,14 +201,3 @@ def _is_noise(packet: Packet) -> bool:
 def _is_link_local(*addresses: bytes) -> bool:
     """RFC 4291 section 2.5.6: fe80::/10."""
     return any(a[0] == 0xFE and a[1] & 0xC0 == 0x80 for a in addresses)
-
-
-def _is_in(blocks: Sequence[tuple[int, int, int]], address: bytes) -> bool:
-    value, size = int.from_bytes(address), len(address)
-    return any(size == s and value & mask == base for s, mask, base in blocks)
-
-
-def _as_mask(text: str) -> tuple[int, int, int]:
-    """A CIDR range as (bytes of an address, mask, network)."""
-    network = ip_network(text, strict=False)
-    return network.max_prefixlen // 8, int(network.netmask), int(network.network_address)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ipc import messages as m
@@ -12,6 +12,7 @@ from supervisor import clusters
 from supervisor.cluster_memory import ClusterMemory
 from supervisor.clusters import ClusterView, InTheWay
 from supervisor.dataplane import DataPlane
+from supervisor.handover import KeptReport
 from supervisor.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,19 @@ class ClusterFollower:
         names = {name for (*_, name), since in self._asked_since.items() if since > begun}
         return tuple(sorted(names))
 
-    def adopt(self, reports: dict[str, ClusterView], known: list[m.Cluster]) -> None:
+    def keep(self) -> dict[str, KeptReport]:
+        """What the proxies have said, for another program of this process."""
+        return {
+            slot: KeptReport(clusters=view.clusters, problem=view.problem)
+            for slot, view in self.reports.items()
+        }
+
+    def adopt(self, reports: Mapping[str, KeptReport], known: list[m.Cluster]) -> None:
         """Goes on with what an earlier program of this process knew."""
-        self.reports, self.known = reports, known
+        self.reports = {
+            slot: ClusterView(kept.clusters, kept.problem) for slot, kept in reports.items()
+        }
+        self.known = known
         for slot in reports:
             self._note_unasked(slot)
         self.follow()

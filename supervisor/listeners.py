@@ -7,12 +7,13 @@ until its proxy needs the room.
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 from ipc.addresses import as_text
 from ipc.messages import DataPlaneKind, Network, Redirect
 from ipc.slots import of_proxies, owner_of_connection
 from supervisor.dataplane import DataPlane
+from supervisor.handover import KeptListener
 from supervisor.network import is_virtual
 
 
@@ -103,22 +104,25 @@ class Listeners:
             return []
         return [_redirect(*key, end) for key, end in (self._open | self._idle).items()]
 
-    def keep(self) -> tuple[dict[tuple[bytes, int], int], dict[tuple[bytes, int], int]]:
-        """Descriptors of the listeners that are used and of those that are idle, by (address, port)."""
-        used, idle = (
-            {key: listener.fileno() for key, listener in table.items()}
+    def keep(self) -> list[KeptListener]:
+        """All, as descriptors, for another program of this process."""
+        return [
+            KeptListener(
+                address=address,
+                port=port,
+                descriptor=listener.fileno(),
+                is_idle=table is self._idle,
+            )
             for table in (self._open, self._idle)
-        )
-        return used, idle
+            for (address, port), listener in table.items()
+        ]
 
-    def adopt(
-        self, used: Mapping[tuple[bytes, int], int], idle: Mapping[tuple[bytes, int], int]
-    ) -> None:
+    def adopt(self, handed: Iterable[KeptListener]) -> None:
         """Goes on with the listeners of an earlier program of this process."""
-        for table, kept in ((self._open, used), (self._idle, idle)):
-            for key, descriptor in kept.items():
-                table[key] = socket.socket(fileno=descriptor)
-                self._numbers[self._owner(*key)] += 1
+        for kept in handed:
+            table = self._idle if kept.is_idle else self._open
+            table[kept.address, kept.port] = socket.socket(fileno=kept.descriptor)
+            self._numbers[self._owner(kept.address, kept.port)] += 1
 
     def close_all(self) -> None:
         for listener in (*self._open.values(), *self._idle.values()):

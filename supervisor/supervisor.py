@@ -14,7 +14,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,14 +28,13 @@ from supervisor import (
     configure,
     link_making,
     logs,
-    network,
     next_start,
     places,
     privileges,
     upgrade,
 )
-from supervisor.access import Security, lookup_socket
-from supervisor.cluster_follower import ClusterFollower
+from supervisor.access import lookup_socket
+from supervisor.channels import Channels
 from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
 from supervisor.config import Config
@@ -47,23 +46,18 @@ from supervisor.conversation import Conversation
 from supervisor.crew import CannotReplaceError, Crew
 from supervisor.dataplane import DataPlane
 from supervisor.exits import StartupError
-from supervisor.forwarding import ForwardedNetworks
 from supervisor.handover import (
     Handover,
     KeptDevices,
     KeptIdentity,
-    KeptListener,
     KeptLog,
-    KeptReport,
 )
+from supervisor.host import Host
 from supervisor.link_store import LinkStore
 from supervisor.listeners import Listeners
 from supervisor.metrics_endpoint import MetricsEndpoint
-from supervisor.nameservers import Nameservers
-from supervisor.network_watch import HostChange, NetworkWatch, Outsider
 from supervisor.notify import Notifier, watchdog_seconds
 from supervisor.osconfig.os_settings import OsSettings
-from supervisor.osconfig.wish import ResolverWish
 from supervisor.privileges import Identity
 from supervisor.probe_blame import Ready
 from supervisor.probes import Prober
@@ -71,6 +65,7 @@ from supervisor.reload_plan import ReloadPlan
 from supervisor.restart_policy import RestartLimits
 from supervisor.service_link import ServiceLink
 from supervisor.settings import Settings, version
+from supervisor.signals import Signals
 from supervisor.status import Health
 from supervisor.status_report import TOTALS
 from supervisor.upgrade import Upgrade, UpgradeError
@@ -103,7 +98,6 @@ class Supervisor:
         self._link_store = link_store or LinkStore(self._notifier)
         self._handed = handed
         self._upgrade = Upgrade()
-        self._security = Security(settings.user)
         self.workers: dict[str, Worker] = {}
         self._metrics = MetricsEndpoint(
             settings.config.metrics.listen, None if handed is None else handed.metrics
@@ -122,7 +116,7 @@ class Supervisor:
         self.log_book = logs.book_of(log_handler)
         self._log_handler = log_handler
         self._selector = selectors.DefaultSelector()
-        self._registered: dict[Worker, int] = {}
+        self._channels = Channels(self._selector, self._talk)
         self._stop_is_ordered = False
         # Not after a fault: then the link is for a successor.
         self._ends_in_order = False
@@ -136,7 +130,7 @@ class Supervisor:
 
     @property
     def network(self) -> m.Network:
-        return self._around.network
+        return self._host.network
 
     @property
     def others(self) -> Sequence[Worker]:
@@ -144,11 +138,11 @@ class Supervisor:
 
     @property
     def zones(self) -> Sequence[str]:
-        return self._follower.zones
+        return self._host.clusters.zones
 
     @property
     def range_problems(self) -> Sequence[str]:
-        return self._follower.range_problems
+        return self._host.clusters.range_problems
 
     @property
     def probe_problems(self) -> Sequence[str]:
@@ -156,11 +150,11 @@ class Supervisor:
 
     @property
     def network_problems(self) -> Sequence[str]:
-        return self._network_watch.problems
+        return self._host.watch.problems
 
     @property
     def forwarding_warnings(self) -> Sequence[str]:
-        return self._forwarded.warnings
+        return self._host.forwarded.warnings
 
     @property
     def data_plane(self) -> m.DataPlaneKind:
@@ -176,15 +170,15 @@ class Supervisor:
 
     @property
     def access(self) -> m.Access:
-        return self._around.access
+        return self._host.access
 
     @property
     def access_problems(self) -> Sequence[str]:
-        return self._security.problems
+        return self._host.security.problems
 
     @property
     def access_warnings(self) -> Sequence[str]:
-        return self._security.warnings
+        return self._host.security.warnings
 
     @property
     def metrics_problems(self) -> Sequence[str]:
@@ -287,10 +281,7 @@ class Supervisor:
         limits = _limits(plan.config)
         for worker in self._crew:
             worker.use_limits(limits)
-        self._use_security()
-        self._nameservers.configure(plan.config.dns.upstream)
-        if plan.config.security.allow_forwarded_from != before.config.security.allow_forwarded_from:
-            self._use_network(self.network)
+        self._host.use_settings(self.settings)
         now = time.monotonic()
         if self._metrics.use(plan.config.metrics.listen, now):
             self._crew.dismiss(METRICS, now)
@@ -302,30 +293,33 @@ class Supervisor:
     def use_log_level(self, message: m.SetLogLevel) -> None:
         """Every worker takes over the level, and each that is started from now on."""
         self._log_level = message.level
-        self._broadcast(message, set(self.workers))
+        self._tell(message, set(Role))
 
     def cluster_report(self) -> ClusterView | None:
         """What the proxies that have spoken say of the clusters."""
-        return self._follower.report
+        return self._host.clusters.report
 
     # -- set-up --
 
     def _set_up(self, closing: contextlib.ExitStack) -> None:
         self._log_level = logging.getLevelName(logging.getLogger().level)
         # First: a signal in the middle of this must not leave half of it behind.
-        self._watch_signals(closing)
+        self._signals = Signals(self._take_signal)
+        closing.callback(self._signals.close)
+        self._selector.register(
+            self._signals, selectors.EVENT_READ, lambda _events: self._signals.hear()
+        )
         book_path = self._set_up_directories(closing)
-        plan = self._set_up_network(closing)
-        self._around = self._find_surroundings(plan, book_path)
-        self._follower = self._make_follower()
+        self._set_up_network(closing)
+        self._surroundings = self._find_surroundings(book_path)
         self._conversation = Conversation(
             self._crew,
             self._listeners,
-            self._follower,
-            keys=self._around.keys,
+            self._host.clusters,
+            keys=self._surroundings.keys,
             network=lambda: self.network,
         )
-        self._watch_network(closing)
+        self._host.begin_watch(closing, self._selector)
         handed = self._handed
         if handed is None:
             self._make_workers()
@@ -372,13 +366,13 @@ class Supervisor:
             settings.config.dns.os_integration,
             settings.state_dir,
             goes_on=handed is not None,
-            on_upstream=self._wake_up,
+            on_upstream=self._signals.wake_up,
         )
         closing.callback(self._os_settings.close)
         return user_state / "book.sqlite"
 
-    def _set_up_network(self, closing: contextlib.ExitStack) -> m.Network:
-        """Link, listeners and what is asked through them; returns the whole plan of the network."""
+    def _set_up_network(self, closing: contextlib.ExitStack) -> None:
+        """Link, listeners, and what is asked through them."""
         config = self.settings.config
         if config.teleport.insecure:
             log.warning(
@@ -386,7 +380,6 @@ class Supervisor:
             )
         self._data_plane, plan = self._make_link()
         closing.callback(self._close_data_plane)
-        self._forwarded = ForwardedNetworks(self._data_plane)
         self._prober = Prober(
             plan,
             self._data_plane.tun_descriptors[0],
@@ -400,10 +393,16 @@ class Supervisor:
             self._data_plane, config.proxy.workers, limit, self._tell_redirects
         )
         closing.callback(self._listeners.close_all)
-        self._nameservers = Nameservers(
-            config.dns.upstream, network.dns_addresses(plan), self._os_settings.upstream
+        self._host = Host(
+            self.settings,
+            self._data_plane,
+            plan,
+            os_settings=self._os_settings,
+            link_store=self._link_store,
+            tell=self._tell,
+            # One that has failed is not started again.
+            is_served=lambda: self.workers["dns"].state is not WorkerState.FAILED,
         )
-        return plan
 
     def _make_link(self) -> tuple[DataPlane, m.Network]:
         make = functools.partial(
@@ -424,83 +423,39 @@ class Supervisor:
         )
         return waiting.run(make)
 
-    def _find_surroundings(self, plan: m.Network, book_path: Path) -> Surroundings:
+    def _find_surroundings(self, book_path: Path) -> Surroundings:
         settings, handed, directory = self.settings, self._handed, self._run_directory
-        in_force = plan if self._data_plane.has_ipv6 else network.without_ipv6(plan)
-        access = self._find_access(in_force.interface)
-        in_force = self._with_forwarded(in_force)
-        if handed is not None:
-            return Surroundings(
-                network=in_force,
-                upstream=self._nameservers.upstream,
-                keys=handed.keys,
-                bus_dir=directory.bus_path,
-                book_path=book_path,
-                prompts_dir=directory.prompts_path,
-                data_plane=self._data_plane.kind,
-                has_family_header=self._data_plane.has_family_header,
-                max_listeners=self._listeners.share,
-                access=access,
-            )
         proxies = settings.config.proxy.workers
-        chosen = identities.choose([*configure.slots(proxies), METRICS], settings.user)
-        self._identities = chosen.of
+        if handed is None:
+            chosen = identities.choose([*configure.slots(proxies), METRICS], settings.user)
+            self._identities = chosen.of
+            keys = configure.make_keys(proxies)
+            bus_dir = directory.make_bus(chosen.bus_group)
+            prompts_dir = directory.make_prompts(settings.user, change_owner=os.geteuid() == 0)
+        else:
+            keys, bus_dir, prompts_dir = handed.keys, directory.bus_path, directory.prompts_path
         return Surroundings(
-            network=in_force,
-            upstream=self._nameservers.upstream,
-            keys=configure.make_keys(proxies),
-            bus_dir=directory.make_bus(chosen.bus_group),
+            network=self._host.network,
+            upstream=self._host.upstream,
+            keys=keys,
+            bus_dir=bus_dir,
             book_path=book_path,
-            prompts_dir=directory.make_prompts(settings.user, change_owner=os.geteuid() == 0),
+            prompts_dir=prompts_dir,
             data_plane=self._data_plane.kind,
             has_family_header=self._data_plane.has_family_header,
             max_listeners=self._listeners.share,
-            access=access,
+            access=self._host.access,
         )
 
-    def _find_access(self, interface: str) -> m.Access:
-        return self._security.look_up(
-            self.settings.config.security, _index_of(interface), self._os_settings.backend_name
+    @property
+    def _around(self) -> Surroundings:
+        """As it is now."""
+        return dataclasses.replace(
+            self._surroundings,
+            network=self._host.network,
+            upstream=self._host.upstream,
+            access=self._host.access,
         )
-
-    def _make_follower(self) -> ClusterFollower:
-        settings = self.settings
-        return ClusterFollower(
-            settings.state_dir / f"clusters-{settings.user.name}.json",
-            self._data_plane,
-            network=lambda: self.network,
-            upstream=lambda: [server.address for server in self._nameservers.upstream],
-            in_the_way=lambda block, *, is_routed: self._network_watch.in_the_way(
-                block, is_routed=is_routed
-            ),
-            use_ranges=self._use_ranges,
-            forget_names=lambda: self._broadcast(m.NamesChanged(), {"dns"}),
-        )
-
-    def _watch_network(self, closing: contextlib.ExitStack) -> None:
-        try:
-            self._network_watch = NetworkWatch(
-                self._data_plane,
-                network=lambda: self.network,
-                outsiders=self._outsiders,
-                user=self.settings.user.uid,
-                is_auto=self.settings.config.network.ipv4_cidr_range == "auto",
-            )
-        except OSError as error:
-            raise StartupError(f"this machine's network cannot be watched: {error}") from error
-        closing.callback(self._network_watch.close)
-        self._selector.register(
-            self._network_watch, selectors.EVENT_READ, lambda _events: self._network_watch.hear()
-        )
-
-    def _outsiders(self) -> Sequence[Outsider]:
-        """Who is reached through the host's network and never through VNet."""
-        proxies = [a for cluster in self._follower.known for a in cluster.proxy_addresses]
-        servers = [server.address for server in self._nameservers.upstream]
-        return [
-            *(("The nameserver", address) for address in servers),
-            *(("The Teleport proxy", address) for address in dict.fromkeys(proxies)),
-        ]
 
     def _close_data_plane(self) -> None:
         if self._ends_in_order:
@@ -519,15 +474,7 @@ class Supervisor:
         if METRICS not in self._identities:
             # An earlier version knew nothing of it.
             self._identities |= identities.choose([METRICS], self.settings.user).of
-        used, idle = (
-            {
-                (kept.address, kept.port): kept.descriptor
-                for kept in handed.listeners
-                if kept.is_idle == is_idle
-            }
-            for is_idle in (False, True)
-        )
-        self._listeners.adopt(used, idle)
+        self._listeners.adopt(handed.listeners)
         adopted = [
             Worker.adopt(
                 kept,
@@ -544,10 +491,7 @@ class Supervisor:
         self.past_counters = handed.past_counters
         self.started_at = handed.started_at
         self.were_ready, self.was_healthy = handed.were_ready, handed.was_healthy
-        reports = {
-            slot: ClusterView(kept.clusters, kept.problem) for slot, kept in handed.reports.items()
-        }
-        self._follower.adopt(reports, handed.known_clusters)
+        self._host.clusters.adopt(handed.reports, handed.known_clusters)
 
     def _hand_over(self, *, lets_go: bool) -> Handover:
         """Everything that survives; `lets_go` ends the threads that read the logs of workers."""
@@ -560,7 +504,7 @@ class Supervisor:
             version=version(),
             config=msgspec.to_builtins(self.settings.config),
             network=msgspec.structs.replace(link.network, ranges=self.network.ranges),
-            keys=self._around.keys,
+            keys=self._surroundings.keys,
             identities={
                 slot: KeptIdentity(uid=who.uid, gid=who.gid, extra_group=who.extra_group)
                 for slot, who in self._identities.items()
@@ -570,18 +514,11 @@ class Supervisor:
             devices=KeptDevices(
                 outer=link.outer, inner=link.inner, namespace=link.namespace, dns=list(link.dns)
             ),
-            listeners=[
-                KeptListener(address=address, port=port, descriptor=descriptor, is_idle=is_idle)
-                for is_idle, kept in zip((False, True), self._listeners.keep(), strict=True)
-                for (address, port), descriptor in kept.items()
-            ],
+            listeners=self._listeners.keep(),
             workers=workers,
             leavers=leavers,
-            reports={
-                slot: KeptReport(clusters=view.clusters, problem=view.problem)
-                for slot, view in self._follower.reports.items()
-            },
-            known_clusters=self._follower.known,
+            reports=self._host.clusters.keep(),
+            known_clusters=self._host.clusters.known,
             past_counters=self.past_counters,
             metrics=self._metrics.keep(),
             started_at=self.started_at,
@@ -605,8 +542,7 @@ class Supervisor:
         self._upgrade.begin()
         with upgrade.signals_blocked():
             # What has come until now; the rest waits for the new program.
-            with contextlib.suppress(BlockingIOError):
-                self._take_signals(self._signals)
+            self._signals.hear()
             if self._stop_is_ordered:
                 return
             state = self._hand_over(lets_go=True)
@@ -632,33 +568,11 @@ class Supervisor:
         reach = reach_of(worker.slot, self.settings, self._around)
         return worker.successor(self._identities[worker.slot], reach)
 
-    def _watch_signals(self, closing: contextlib.ExitStack) -> None:
-        reader, writer = socket.socketpair()
-        for end in (reader, writer):
-            end.setblocking(False)
-            closing.callback(end.close)
-        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        closing.callback(signal.set_wakeup_fd, previous)
-        for number in upgrade.SIGNALS:
-            closing.callback(signal.signal, number, signal.signal(number, _do_nothing))
-        self._signals, self._waker = reader, writer
-        self._selector.register(
-            reader, selectors.EVENT_READ, lambda _events: self._take_signals(reader)
-        )
-        # An earlier program of this process has blocked them.
-        upgrade.unblock_signals()
-
-    def _wake_up(self) -> None:
-        """The loop begins its next turn; any thread may call it."""
-        with contextlib.suppress(OSError):
-            self._waker.send(b"\0")
-
-    def _take_signals(self, reader: socket.socket) -> None:
-        for number in reader.recv(4096):
-            if number in (signal.SIGINT, signal.SIGTERM):
-                self.order_stop()
-            elif number == signal.SIGHUP:
-                self._reload_is_ordered = True
+    def _take_signal(self, number: int) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self.order_stop()
+        elif number == signal.SIGHUP:
+            self._reload_is_ordered = True
 
     def _start(self, worker: Worker) -> None:
         worker.start(time.monotonic(), self._log_handler)
@@ -688,7 +602,7 @@ class Supervisor:
 
     def _tell_redirects(self, changed: list[m.Redirect]) -> None:
         for part in configure.redirects(changed):
-            self._broadcast(part, {"tun"})
+            self._tell(part, {Role.TUN})
 
     def _take_over(self, worker: Worker) -> None:
         for address, port, descriptor in self._listeners.of(worker.slot):
@@ -700,7 +614,7 @@ class Supervisor:
     # -- one turn of the loop --
 
     def _turn(self, longest: float) -> None:
-        self._register_channels()
+        self._channels.follow(self._crew)
         for key, events in self._selector.select(self._timeout(longest)):
             key.data(events)
         now = time.monotonic()
@@ -718,16 +632,12 @@ class Supervisor:
             self._reload_is_ordered = False
             self._service.reloading()
             log.info("%s", self._commands.reload())
-        if self._nameservers.has_changed(now):
-            self._use_nameservers()
-        self._os_settings.want(self._resolver_wish())
-        if self._security.back_end != self._os_settings.backend_name:
-            self._use_security()
+        self._host.tick(now)
         if not self._stop_is_ordered:
-            self._follow_host(now)
+            self._host.follow_network(now)
             are_well = not any(worker.is_unkillable(now) for worker in self._crew)
             self._service.tick(now, are_well=are_well)
-            is_quiet = self._crew.is_quiet and self._follower.is_quiet
+            is_quiet = self._crew.is_quiet and self._host.clusters.is_quiet
             if self._upgrade.is_due(now, is_quiet=is_quiet):
                 self._execute()
 
@@ -765,27 +675,8 @@ class Supervisor:
         longest = min(longest, self._service.longest_sleep or longest)
         steps = [at for worker in self._crew for at in (worker.restart_at, worker.next_step_at)]
         if not self._stop_is_ordered:
-            steps.append(self._network_watch.next_look_at)
+            steps.append(self._host.watch.next_look_at)
         return max(0.0, min([longest, *(at - now for at in steps if at is not None)]))
-
-    def _register_channels(self) -> None:
-        """Brings the selector in line with which workers live and which wait to be written to."""
-        for worker in self._crew:
-            if not worker.is_talking:
-                if self._registered.pop(worker, None) is not None:
-                    self._selector.unregister(worker)
-                continue
-            wanted = selectors.EVENT_READ
-            if worker.wants_to_write:
-                wanted |= selectors.EVENT_WRITE
-            if worker not in self._registered:
-                self._selector.register(worker, wanted, self._channel_handler(worker))
-            elif wanted != self._registered[worker]:
-                self._selector.modify(worker, wanted, self._channel_handler(worker))
-            self._registered[worker] = wanted
-
-    def _channel_handler(self, worker: Worker) -> Callable[[int], None]:
-        return lambda events: self._talk(worker, events)
 
     def _talk(self, worker: Worker, events: int) -> None:
         if not worker.is_talking:
@@ -796,19 +687,18 @@ class Supervisor:
             self._conversation.take(worker, message)
         # Before the status is asked for in the same turn: it is not healthy while the system does not
         # know a zone.
-        self._os_settings.want(self._resolver_wish())
+        self._host.want_resolver()
 
     def _reap(self, now: float) -> None:
         for worker in [worker for worker in self._crew if worker.has_ended()]:
             # What it said before it ended still counts.
             self._talk(worker, selectors.EVENT_READ)
-            if self._registered.pop(worker, None) is not None:
-                self._selector.unregister(worker)
+            self._channels.forget(worker)
             worker.reap(now)
             self._remember(worker)
             worker.counters = {}
             if self._crew.is_active(worker):
-                self._follower.forget(worker.slot)
+                self._host.clusters.forget(worker.slot)
             self._crew.ended(worker, now)
 
     def _remember(self, worker: Worker) -> None:
@@ -844,69 +734,9 @@ class Supervisor:
         for worker in self._crew:
             worker.watch(now, hang_seconds)
 
-    def _use_nameservers(self) -> None:
-        self._around = dataclasses.replace(self._around, upstream=self._nameservers.upstream)
-        self._broadcast(m.UpstreamChanged(upstream=self._around.upstream), {"dns"})
-        self._follower.follow()  # a range may cover the new ones
-
-    def _use_security(self) -> None:
-        """Also when the configuration is as it was: accounts and members of groups change."""
-        access = self._find_access(self.network.interface)
-        self._around = dataclasses.replace(self._around, access=access)
-        rules = configure.http_rules(self.settings.config)
-        told = {slot for slot in self.workers if role_of(slot) in (Role.PROXY, Role.DNS)}
-        self._broadcast(m.SecurityChanged(access=access, http=rules), told)
-
-    def _follow_host(self, now: float) -> None:
-        change = self._network_watch.tick(now)
-        if change is None:
-            return
-        self._use_ipv6(change)
-        self._follower.follow()
-        if change.has_moved:
-            # Answers of another network's nameservers, and of before a long sleep.
-            self._broadcast(m.NamesChanged(), {"dns"})
-
-    def _use_ipv6(self, change: HostChange) -> None:
-        if change.has_ipv6 == (self.network.ipv6_prefix is not None):
-            return
-        whole = self._data_plane.keep().network
-        ranges = self.network.ranges
-        chosen = whole if change.has_ipv6 else network.without_ipv6(whole)
-        log.info(
-            "%s is %s IPv6 now", self.network.interface, "with" if change.has_ipv6 else "without"
-        )
-        self._use_network(msgspec.structs.replace(chosen, ranges=ranges))
-
-    def _use_ranges(self, ranges: list[str]) -> None:
-        self._use_network(msgspec.structs.replace(self.network, ranges=ranges))
-
-    def _with_forwarded(self, changed: m.Network) -> m.Network:
-        """The same with the forwarded networks that can be in force; the way back to them is routed."""
-        listed = self.settings.config.security.allow_forwarded_from
-        return self._forwarded.put_into_force(listed, changed)
-
-    def _use_network(self, changed: m.Network) -> None:
-        changed = self._with_forwarded(changed)
-        self._around = dataclasses.replace(self._around, network=changed)
-        # The link keeps its IPv6 addresses while they are of no use.
-        whole = self._data_plane.keep().network
-        self._link_store.keep_plan(msgspec.structs.replace(whole, ranges=changed.ranges))
-        self._broadcast(m.NetworkChanged(network=changed), set(self.workers) - {METRICS})
-
-    def _resolver_wish(self) -> ResolverWish:
-        # Without dns nobody answers: the system is better off without VNet then.
-        is_served = self.workers["dns"].state is not WorkerState.FAILED
-        return ResolverWish(
-            self.network.interface,
-            _index_of(self.network.interface),
-            tuple(self.zones) if is_served else (),
-            tuple(network.dns_addresses(self.network)),
-        )
-
-    def _broadcast(self, message: m.Message, slots: set[str]) -> None:
+    def _tell(self, message: m.Message, roles: Collection[Role]) -> None:
         for worker in self._crew:
-            if worker.slot in slots and worker.is_alive:
+            if worker.is_alive and role_of(worker.slot) in roles:
                 worker.send(message)
 
     # -- the end --
@@ -932,14 +762,3 @@ class Supervisor:
 
 def _limits(config: Config) -> RestartLimits:
     return RestartLimits(config.supervisor.restart_max, config.supervisor.restart_window_seconds)
-
-
-def _index_of(interface: str) -> int:
-    try:
-        return socket.if_nametoindex(interface)
-    except OSError:
-        return 0
-
-
-def _do_nothing(_number: int, _frame: object) -> None:
-    """The wake-up descriptor tells the loop."""

@@ -16,7 +16,7 @@ from run_fakes import NETWORK, ROOM_BYTES, settings
 
 from ipc import messages as m
 from supervisor import control_messages as cm
-from supervisor import link_making, logs, spawn, supervisor, this_system
+from supervisor import host, link_making, logs, spawn, supervisor, this_system
 from supervisor.cli.control_client import AskError, ask_status, order
 from supervisor.config import parse
 from supervisor.dataplane import KeptLink
@@ -149,7 +149,7 @@ class SupervisedRun:
         memory_limit.BASE_BYTES = ROOM_BYTES  # type: ignore[misc]  # see there
         link_making.NamespaceDataPlane = NoDataPlane  # type: ignore[misc,assignment]
         supervisor.Prober = NoProber  # type: ignore[misc,assignment]
-        supervisor.NetworkWatch = NoNetworkWatch  # type: ignore[misc,assignment]
+        host.NetworkWatch = NoNetworkWatch  # type: ignore[misc,assignment]
         this_system.read_host = HostRoutes
         for role in spawn.WORKER_MODULES:
             spawn.WORKER_MODULES[role] = pretend_worker.__name__

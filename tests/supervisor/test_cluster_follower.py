@@ -7,6 +7,7 @@ from run_fakes import CLUSTER, NETWORK, make_workers
 from ipc import messages as m
 from supervisor import clusters
 from supervisor.cluster_follower import ClusterFollower
+from supervisor.handover import KeptReport
 
 FRESH = msgspec.structs.replace(CLUSTER, is_configured=False)
 LEAF = msgspec.structs.replace(FRESH, name="leaf.test", leaf_of=CLUSTER.name)
@@ -90,5 +91,5 @@ def test_a_proxy_that_has_ended_asks_nobody(follower, proxies):
 
 
 def test_after_an_update_of_vnet_it_is_still_known_who_asks(follower):
-    follower.adopt({"proxy-0": clusters.ClusterView([FRESH], "")}, [])
+    follower.adopt({"proxy-0": KeptReport(clusters=[FRESH], problem="")}, [])
     assert follower.report.awaited == (CLUSTER.name,)

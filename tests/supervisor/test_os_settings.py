@@ -13,6 +13,7 @@ from run_fakes import settings as supervisor_settings
 
 from supervisor.cli import repair
 from supervisor.exits import ConflictError, ExitStatus
+from supervisor.host import Host
 from supervisor.nameservers import Nameservers
 from supervisor.osconfig import journal as journal_module
 from supervisor.osconfig import os_settings
@@ -134,11 +135,14 @@ def test_the_nameservers_are_told_before_programs_are_sent_to_vnet(make, recorde
 def test_a_zone_makes_the_status_wait_in_the_turn_in_which_it_is_heard(make, recorder):
     run = Supervisor(supervisor_settings(), logging.NullHandler())
     run.workers |= make_workers("dns")
-    run._around = SimpleNamespace(network=NETWORK)  # type: ignore[assignment]
-    run._follower = SimpleNamespace(zones=[])  # type: ignore[assignment]
     run._os_settings = make()
+    run._host = Host.__new__(Host)
+    run._host.network = NETWORK
+    run._host.clusters = SimpleNamespace(zones=[])  # type: ignore[assignment]
+    run._host._os_settings = run._os_settings
+    run._host._is_served = lambda: True
     recorder.gate.clear()
-    hear = SimpleNamespace(take=lambda *_: run._follower.zones.append("one.test"))
+    hear = SimpleNamespace(take=lambda *_: run._host.clusters.zones.append("one.test"))
     run._conversation = hear  # type: ignore[assignment]
     speaker = SimpleNamespace(is_talking=True, receive=lambda _now: ["a report"])
     run._talk(speaker, selectors.EVENT_READ)  # type: ignore[arg-type]

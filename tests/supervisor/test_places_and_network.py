@@ -14,6 +14,7 @@ from ipc import messages as m
 from supervisor import nameservers, network, places
 from supervisor.config import Config, NetworkConfig
 from supervisor.exits import ConflictError, MisconfiguredError, NotPermittedError, StartupError
+from supervisor.handover import KeptListener
 from supervisor.listeners import ListenerRefusedError, Listeners
 from supervisor.nameservers import LOOK_SECONDS, Nameservers
 from supervisor.osconfig import resolv_conf
@@ -337,10 +338,11 @@ def test_limit_and_the_kernels_refusal_are_told(listeners, plane):
 def test_listeners_go_on_in_another_program(listeners, plane):
     address = address_of(0)
     kept = socket.socket()
-    listeners.adopt({(address, 80): kept.detach()}, {})
+    handed = [KeptListener(address=address, port=80, descriptor=kept.detach())]
+    listeners.adopt(handed)
     [(found, port, descriptor)] = listeners.of("proxy-0")
     assert (found, port) == (address, 80)
-    assert listeners.keep() == ({(address, 80): descriptor}, {})
+    assert listeners.keep() == handed
     assert listeners.open("proxy-0", NETWORK, address, 80) == descriptor
     assert not plane.opened
     assert not os.get_inheritable(descriptor)
@@ -407,12 +409,15 @@ def test_used_and_unused_listeners_go_on_in_another_program(redirected, told):
     used, idle = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
     local_ports = {end.getsockname()[1] for end in (used, idle)}
     address = address_of(0)
-    redirected.adopt({(address, 1): used.detach()}, {(address, 2): idle.detach()})
+    handed = [
+        KeptListener(address=address, port=1, descriptor=used.detach()),
+        KeptListener(address=address, port=2, descriptor=idle.detach(), is_idle=True),
+    ]
+    redirected.adopt(handed)
     assert [port for _, port, _ in redirected.of("proxy-0")] == [1]
     assert {redirect.local_port for redirect in redirected.redirects()} == local_ports
-    kept_used, kept_idle = redirected.keep()
-    assert (list(kept_used), list(kept_idle)) == ([(address, 1)], [(address, 2)])
-    assert redirected.open("proxy-0", NETWORK, address, 2) == kept_idle[address, 2]
+    assert redirected.keep() == handed
+    assert redirected.open("proxy-0", NETWORK, address, 2) == handed[1].descriptor
     assert told == []
     redirected.close_all()
 

@@ -20,6 +20,8 @@ from ipc import codec, counters
 from ipc import messages as m
 from supervisor import control_messages as cm
 from supervisor import worker as slots
+from supervisor.channels import Channels
+from supervisor.host import Host
 from supervisor.supervisor import Supervisor
 from supervisor.worker_states import WorkerState
 
@@ -176,10 +178,19 @@ def test_all_can_be_restarted_at_once(directory):
         assert all(worker.restarts == 0 for worker in run.wait_until_healthy().workers)
 
 
-@pytest.mark.parametrize("broken", ["_watch", "_reap", "_register_channels", "_timeout"])
-def test_fault_of_the_loop_leaves_no_worker_behind(directory, monkeypatch, broken):
+@pytest.mark.parametrize(
+    ("owner", "broken"),
+    [
+        (Supervisor, "_watch"),
+        (Supervisor, "_reap"),
+        (Supervisor, "_timeout"),
+        (Channels, "follow"),
+        (Host, "tick"),
+    ],
+)
+def test_fault_of_the_loop_leaves_no_worker_behind(directory, monkeypatch, owner, broken):
     """Whichever part it is, it is broken as well while the workers are stopped."""
-    is_broken, piece = pretend_worker.Marker(), getattr(Supervisor, broken)
+    is_broken, piece = pretend_worker.Marker(), getattr(owner, broken)
     is_broken.is_set = False
 
     def fail(*arguments):
@@ -188,7 +199,7 @@ def test_fault_of_the_loop_leaves_no_worker_behind(directory, monkeypatch, broke
         return piece(*arguments)
 
     closed = directory / "closed"
-    monkeypatch.setattr(Supervisor, broken, fail)
+    monkeypatch.setattr(owner, broken, fail)
     monkeypatch.setattr(NoDataPlane, "close", note_children(closed))
     run = SupervisedRun(directory, "")
     pretend_worker.BEHAVIOURS.clear()

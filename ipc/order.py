@@ -38,6 +38,12 @@ ACCUSATION_SECONDS: Final = 3600.0
 
 MessageType: TypeAlias = type[m.Message]
 
+# A worker of an earlier version may go on under a newer supervisor, and ends when it is told what it does not
+# know. So the conversation has a number, which rises with each message that comes to the others for workers
+# that were there before: `SINCE` has the first number of each such message.
+CONVERSATION: Final = 1
+SINCE: Final[dict[MessageType, int]] = {m.SecurityChanged: 1}
+
 _S, _D = Stage, Duty
 # What changes no stage, by the stages in which it may be said.
 _ANY_TIME: Final[tuple[MessageType, ...]] = (

@@ -5,27 +5,35 @@
 
 Whether the kernel says so is tried with a socket of our own. Where it does not nobody may connect; on macOS, where
 that has never been tried, everybody.
+
+Accounts are looked up by a process of its own: this module as a program, which reads a SecurityConfig and writes
+Allowed, both as JSON.
 """
 
 import contextlib
 import errno
+import functools
 import grp
 import logging
 import os
 import pwd
+import re
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
+import msgspec
+
 from ipc.macos_sockets import SocketTable
 from ipc.messages import Access
 from ipc.permits import Role, role_of
-from ipc.socket_owner import Owner, SocketDiag
+from ipc.socket_owner import UNKNOWN, Owner, SocketDiag
 from supervisor.config import SecurityConfig
-from supervisor.exits import MisconfiguredError
+from supervisor.exits import MisconfiguredError, StartupError
 from supervisor.settings import User
 
 log = logging.getLogger(__name__)
@@ -33,6 +41,11 @@ log = logging.getLogger(__name__)
 # Of `ipc.messages.Access`.
 MAX_USERS: Final = 10_000
 MAX_RESOLVERS: Final = 100
+# The supervisor's loop waits so long for a name service, twice at a reload; its watchdog for the loop 20 s
+# (`supervisor.osconfig.systemd_unit`).
+LOOKUP_SECONDS: Final = 5.0
+# As the supervisor finds its modules, but never in the present directory.
+_LOOKUP: Final = (sys.executable, "-P", "-m", "supervisor.access")
 # As whom resolvers ask, on behalf of everybody. Not "nobody": that is anybody.
 RESOLVER_ACCOUNTS: Final = (
     "systemd-resolve",
@@ -52,6 +65,7 @@ RESOLVER_ACCOUNTS: Final = (
 # Its dnsmasq may run as nobody.
 NETWORKMANAGER: Final = "networkmanager"
 _NOBODY: Final = 65534
+_IS_UID: Final = re.compile("[0-9]{1,10}")
 _PASSWD: Final = Path("/etc/passwd")
 _IS_MACOS: Final = sys.platform == "darwin"
 
@@ -142,9 +156,47 @@ def allowed(security: SecurityConfig, accounts: Accounts) -> Allowed:
     return Allowed(frozenset(uids), problems)
 
 
+class UnansweredError(StartupError):
+    """The system does not say whom the configuration means, which is no fault of the configuration."""
+
+
+def ask_system(security: SecurityConfig) -> Allowed:
+    """`allowed` by the accounts of this system, which has LOOKUP_SECONDS to answer.
+
+    A directory in the network may let a question wait for minutes, and nothing but the end of the process that
+    asks ends that.
+
+    Raises:
+        UnansweredError: there is no answer.
+    """
+    if not (security.allow_users or security.allow_groups):
+        return Allowed(frozenset(), [])
+    try:
+        done = subprocess.run(
+            _LOOKUP,
+            input=msgspec.json.encode(security),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=LOOKUP_SECONDS,
+            check=True,
+        )
+        return msgspec.json.decode(done.stdout, type=Allowed)
+    except subprocess.TimeoutExpired:
+        why = f"the system's name service has not answered within {LOOKUP_SECONDS:g} s"
+    except (OSError, subprocess.CalledProcessError, msgspec.MsgspecError) as error:
+        why = str(error)
+    raise UnansweredError(f"security.allow_users and allow_groups cannot be looked up ({why})")
+
+
+def _answer() -> None:
+    """What the process does that `ask_system` starts."""
+    security = msgspec.json.decode(sys.stdin.buffer.read(), type=SecurityConfig)
+    sys.stdout.buffer.write(msgspec.json.encode(allowed(security, SystemAccounts())))
+
+
 def check(security: SecurityConfig) -> None:
-    """Raises MisconfiguredError with each name that the system does not know."""
-    problems = allowed(security, SystemAccounts()).problems
+    """Raises MisconfiguredError with each name that the system does not know, or UnansweredError."""
+    problems = ask_system(security).problems
     if problems:
         raise MisconfiguredError(problems)
 
@@ -159,7 +211,7 @@ def resolvers(passwd: str, back_end: str) -> set[int]:
     return {
         int(row[2])
         for row in rows
-        if len(row) > 2 and row[0] in names and row[2].isascii() and row[2].isdigit()
+        if len(row) > 2 and row[0] in names and _IS_UID.fullmatch(row[2]) is not None
     }
 
 
@@ -179,12 +231,16 @@ class Security:
         self.warnings: list[str] = []
         self.back_end = ""
         self._user = user
-        self._accounts: Accounts = accounts or SystemAccounts()
+        self._find: Callable[[SecurityConfig], Allowed] = (
+            ask_system if accounts is None else functools.partial(allowed, accounts=accounts)
+        )
+        self._names: tuple[list[str], list[str]] = ([], [])
+        self._uids: frozenset[int] = frozenset()
 
     def look_up(self, security: SecurityConfig, interface: int, back_end: str) -> Access:
         """Asks the system anew. `interface` is the index of VNet's; `back_end` sets up the system's resolver."""
         self.back_end = back_end
-        found = allowed(security, self._accounts)
+        found = self._look_up(security)
         unable = why_unable()
         self.warnings = [
             f"{problem}: correct it, then run: vnet reload" for problem in found.problems
@@ -201,17 +257,27 @@ class Security:
                 " tcp_diag udp_diag, then vnet reload"
             )
         # What a user of another user namespace looks like is nobody's.
-        nobody = unmapped_uid()
+        nobodies = {unmapped_uid(), UNKNOWN}
         own = {0, self._user.uid}
         others = sorted(found.uids - own)[: MAX_USERS - len(own)]
         return Access(
-            uids=[uid for uid in (*sorted(own), *others) if uid != nobody],
+            uids=[uid for uid in (*sorted(own), *others) if uid not in nobodies],
             user=self._user.name,
-            resolvers=sorted(resolvers(_local_accounts(), back_end) - {nobody})[:MAX_RESOLVERS],
+            resolvers=sorted(resolvers(_local_accounts(), back_end) - nobodies)[:MAX_RESOLVERS],
             interface=interface,
             can_tell=not unable,
             is_checked=not (unable and _IS_MACOS),
         )
+
+    def _look_up(self, security: SecurityConfig) -> Allowed:
+        names = (security.allow_users, security.allow_groups)
+        try:
+            found = self._find(security)
+        except UnansweredError as error:
+            # Whoever was found for the same names still is.
+            return Allowed(self._uids if names == self._names else frozenset(), [str(error)])
+        self._names, self._uids = names, found.uids
+        return found
 
 
 @contextlib.contextmanager
@@ -300,3 +366,7 @@ def _own_ends(
         raise OSError(number, os.strerror(number))
     loopback = socket.inet_aton("127.0.0.1")
     return loopback, end.getsockname()[1], loopback, far.getsockname()[1]
+
+
+if __name__ == "__main__":
+    _answer()

@@ -64,6 +64,8 @@ class Commands:
             access.check(new.security)
         except MisconfiguredError as error:
             return f"the configuration is wrong and was not taken over: {error}"
+        except access.UnansweredError as error:
+            return f"the configuration was not taken over: {error}"
         planned = reload_plan.plan(supervisor.settings.config, new)
         home = settings.teleport_home(planned.config, supervisor.settings.user, os.environ)
         try:

@@ -15,13 +15,16 @@ import msgspec
 
 from ipc.messages import BusKeys, Cluster, Confined, Network
 from ipc.order import Stage
+from ipc.slots import METRICS
 from supervisor import sealed
 from supervisor.config import Config
 from supervisor.exits import StartupError
 from supervisor.log_book import LogEntry
 from supervisor.worker_states import WorkerState
 
-FORMAT: Final = 1
+# The second for states with a metrics worker: a program that knows none of these must not even try.
+FORMAT: Final = 2
+_WITHOUT_METRICS: Final = 1
 _MAGIC: Final = b"VNetHand"
 _HEADER: Final = struct.Struct(">8sH")
 # Sixteen thousand listeners, the kept log and what waits for a worker that does not read, and room.
@@ -52,7 +55,10 @@ class KeptMessage(_Part, frozen=True, kw_only=True):
 
 
 class KeptProcess(_Part, frozen=True, kw_only=True):
-    """A worker's process. A descriptor is -1 where its pipe has ended."""
+    """A worker's process. A descriptor is -1 where its pipe has ended.
+
+    `conversation` is that of `ipc.order` which it was started with.
+    """
 
     pid: int
     channel: int
@@ -61,6 +67,7 @@ class KeptProcess(_Part, frozen=True, kw_only=True):
     error_output: int
     error_output_unread: bytes = b""
     waiting: list[KeptMessage] = []
+    conversation: int = 0
 
 
 class KeptExit(_Part, frozen=True, kw_only=True):
@@ -118,14 +125,26 @@ class KeptReport(_Part, frozen=True, kw_only=True):
     problem: str
 
 
-class KeptMetrics(_Part, frozen=True, kw_only=True):
-    """Where metrics are served: `supervisor.metrics_endpoint.MetricsEndpoint`. CPU time by slot.
+class KeptCpu(_Part, frozen=True, kw_only=True):
+    """The CPU time of one process, which may have ended since it was looked at."""
 
-    `started_at` is Unix time as it was told, or None if it never was.
+    slot: str
+    pid: int
+    started_at: float
+    milliseconds: int
+
+
+class KeptMetrics(_Part, frozen=True, kw_only=True):
+    """Where metrics are served: `supervisor.metrics_endpoint.MetricsEndpoint`.
+
+    `listen` is the address as the configuration had it. CPU time of the processes that have ended, by slot,
+    and of those at the last look. `started_at` is Unix time as it was told, or None if it never was.
     """
 
     descriptor: int
+    listen: str = ""
     cpu_milliseconds: dict[str, int] = {}
+    processes: list[KeptCpu] = []
     started_at: float | None = None
 
 
@@ -195,7 +214,10 @@ _decoder = msgspec.msgpack.Decoder(Handover)
 
 def encode(state: Handover) -> bytes:
     """As bytes, format and all."""
-    return _HEADER.pack(_MAGIC, FORMAT) + _encoder.encode(state)
+    has_metrics = any(worker.slot == METRICS for worker in (*state.workers, *state.leavers))
+    return _HEADER.pack(_MAGIC, FORMAT if has_metrics else _WITHOUT_METRICS) + _encoder.encode(
+        state
+    )
 
 
 def decode(data: bytes) -> Handover:
@@ -207,7 +229,7 @@ def decode(data: bytes) -> Handover:
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise HandoverError("it is no state of a running VNet")
     _, version = _HEADER.unpack_from(data)
-    if version != FORMAT:
+    if version not in (_WITHOUT_METRICS, FORMAT):
         raise HandoverError(
             f"the running VNet hands over in format {version}, and this version understands"
             f" {FORMAT}: restart VNet"

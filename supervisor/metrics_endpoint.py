@@ -31,12 +31,17 @@ class MetricsEndpoint:
     """See the module. `now` is monotonic seconds; an empty `wanted` is off."""
 
     def __init__(self, wanted: str, kept: KeptMetrics | None = None) -> None:
-        """`kept` is what an earlier program of this process has left."""
-        self.wanted = wanted
+        """`kept` is what an earlier program of this process has left.
+
+        It goes on where that one served; a change since then is for `use` to tell.
+        """
+        self.wanted = wanted if kept is None else kept.listen or wanted
         self.problems: list[str] = []
         self._socket: socket.socket | None = None
         self._figures = (
-            Figures() if kept is None else Figures(kept.cpu_milliseconds, kept.started_at)
+            Figures()
+            if kept is None
+            else Figures(kept.cpu_milliseconds, kept.started_at, kept.processes)
         )
         self._try_at = self._complain_at = self._push_at = 0.0
         if kept is not None:
@@ -97,7 +102,9 @@ class MetricsEndpoint:
             return None
         return KeptMetrics(
             descriptor=self._socket.fileno(),
+            listen=self.wanted,
             cpu_milliseconds=dict(self._figures.past_cpu),
+            processes=self._figures.processes(),
             started_at=self._figures.started_at,
         )
 

@@ -8,9 +8,10 @@ from typing import Final
 
 import psutil
 
-from ipc import counters
+from ipc import codec, counters
 from ipc import messages as m
 from ipc.permits import role_of
+from supervisor.handover import KeptCpu
 from supervisor.run import ObservedRun
 from supervisor.settings import version
 from supervisor.worker import Worker
@@ -19,22 +20,32 @@ from supervisor.worker_states import WorkerState
 # As many as the message takes; the others are counted.
 MAX_CLUSTERS: Final = 100
 MAX_WORKERS: Final = 100
+# Of the names of all of them, for a message has a limit as a whole too; everything else has less.
+MAX_NAME_BYTES: Final = codec.MAX_MESSAGE_BYTES // 2
 
 
 class Figures:
     """Keeps what has to be remembered from one look to the next.
 
-    `past_cpu` are the milliseconds of a CPU that processes have used that have ended, by slot;
+    `past_cpu` are the milliseconds of a CPU that processes have used that have ended, by slot, and
+    `processes` those that have not, as of the last look of an earlier program of this process;
     `started_at` is the Unix time of the start of VNet: found once, because the clocks do not go alike.
     """
 
     def __init__(
-        self, past_cpu: dict[str, int] | None = None, started_at: float | None = None
+        self,
+        past_cpu: dict[str, int] | None = None,
+        started_at: float | None = None,
+        processes: Sequence[KeptCpu] = (),
     ) -> None:
         self.past_cpu = past_cpu or {}
         self.started_at = started_at
-        # By process id and start (monotonic seconds), as of the last look.
-        self._processes: dict[tuple[int, float], tuple[str, psutil.Process | None, float]] = {}
+        self._own_cpu = 0
+        # By process id and start (monotonic seconds), as of the last look. In whole milliseconds, because
+        # sums of fractions differ with their order, and a total must not fall by the last digit of one.
+        self._processes: dict[tuple[int, float], tuple[str, psutil.Process | None, int]] = {
+            (each.pid, each.started_at): (each.slot, None, each.milliseconds) for each in processes
+        }
 
     def collect(self, run: ObservedRun, health: str) -> m.MetricsSnapshot:
         """The figures of this moment."""
@@ -43,7 +54,8 @@ class Figures:
         memory = self._look(everyone)
         report = run.cluster_report()
         clusters = report.clusters if report is not None else []
-        own = psutil.Process(os.getpid())
+        own = _process(os.getpid())
+        self._own_cpu = max(self._own_cpu, _cpu(own))
         if self.started_at is None:
             self.started_at = wall - (now - run.started_at)
         return m.MetricsSnapshot(
@@ -52,7 +64,7 @@ class Figures:
             version=version()[:100],
             health=health,
             resident_bytes=_memory(own),
-            cpu_seconds=_cpu(own),
+            cpu_seconds=self._own_cpu / 1000,
             workers=[
                 self._of_slot(worker, now, memory.get(slot, 0))
                 for slot, worker in list(run.workers.items())[:MAX_WORKERS]
@@ -65,7 +77,14 @@ class Figures:
     def cpu_seconds(self, slot: str) -> float:
         """Of all processes that the slot has had, as far as they were looked at."""
         present = sum(cpu for used_by, _, cpu in self._processes.values() if used_by == slot)
-        return self.past_cpu.get(slot, 0) / 1000 + present
+        return (self.past_cpu.get(slot, 0) + present) / 1000
+
+    def processes(self) -> list[KeptCpu]:
+        """Those of the last look, for another program of this process; some may have ended since."""
+        return [
+            KeptCpu(slot=slot, pid=pid, started_at=started_at, milliseconds=cpu)
+            for (pid, started_at), (slot, _, cpu) in self._processes.items()
+        ]
 
     def _look(self, everyone: Sequence[Worker]) -> dict[str, int]:
         """Looks at each process; returns the memory by slot."""
@@ -76,14 +95,13 @@ class Figures:
         }
         for key in [key for key in self._processes if key not in alive]:
             slot, _, cpu = self._processes.pop(key)
-            self.past_cpu[slot] = self.past_cpu.get(slot, 0) + int(cpu * 1000)
+            self.past_cpu[slot] = self.past_cpu.get(slot, 0) + cpu
         memory: dict[str, int] = {}
         for key, slot in alive.items():
-            _, process, cpu = self._processes.get(key, (slot, None, 0.0))
+            _, process, cpu = self._processes.get(key, (slot, None, 0))
             process = process or _process(key[0])
-            if process is not None:
-                memory[slot] = memory.get(slot, 0) + _memory(process)
-                cpu = max(cpu, _cpu(process))
+            memory[slot] = memory.get(slot, 0) + _memory(process)
+            cpu = max(cpu, _cpu(process))
             self._processes[key] = (slot, process, cpu)
         return memory
 
@@ -110,15 +128,21 @@ def _sums(run: ObservedRun, everyone: Sequence[Worker]) -> dict[str, int]:
 
 
 def _of_clusters(clusters: Sequence[m.Cluster]) -> list[m.ClusterFigures]:
-    return [
-        m.ClusterFigures(
-            name=cluster.name,
-            profile=cluster.profile,
-            state=cluster.state,
-            expires=_unix_time(cluster.expires),
+    found = []
+    left = MAX_NAME_BYTES
+    for cluster in clusters[:MAX_CLUSTERS]:
+        left -= len(cluster.name.encode()) + len(cluster.profile.encode())
+        if left < 0:
+            break
+        found.append(
+            m.ClusterFigures(
+                name=cluster.name,
+                profile=cluster.profile,
+                state=cluster.state,
+                expires=_unix_time(cluster.expires),
+            )
         )
-        for cluster in clusters[:MAX_CLUSTERS]
-    ]
+    return found
 
 
 def _unix_time(text: str | None) -> float | None:
@@ -136,7 +160,9 @@ def _process(pid: int) -> psutil.Process | None:
         return None
 
 
-def _memory(process: psutil.Process) -> int:
+def _memory(process: psutil.Process | None) -> int:
+    if process is None:
+        return 0
     try:
         return int(process.memory_info().rss)
     except (psutil.Error, OSError):
@@ -144,9 +170,12 @@ def _memory(process: psutil.Process) -> int:
         return 0
 
 
-def _cpu(process: psutil.Process) -> float:
+def _cpu(process: psutil.Process | None) -> int:
+    """Milliseconds of a CPU that it has used."""
+    if process is None:
+        return 0
     try:
         times = process.cpu_times()
     except (psutil.Error, OSError):
-        return 0.0
-    return float(times.user + times.system)
+        return 0
+    return round((times.user + times.system) * 1000)

@@ -183,6 +183,7 @@ WORDINGS: Final[tuple[tuple[ReasonId, tuple[str, ...]], ...]] = (
             "security.allow_users: the system knows no user *",
             "security.allow_groups: the system knows no group *",
             "security.allow_groups: * users are more than *",
+            "security.allow_users and allow_groups cannot be looked up (*",
         ),
     ),
     (

@@ -212,6 +212,8 @@ class Supervisor:
                     self._start(worker)
             else:
                 self._handed = None
+                # An earlier program may have served at another address.
+                self._use_metrics()
                 self.replace(list(self.workers))
             while not self._stop_is_ordered:
                 self._turn(TICK_SECONDS)
@@ -282,13 +284,16 @@ class Supervisor:
         for worker in self._crew:
             worker.use_limits(limits)
         self._host.use_settings(self.settings)
-        now = time.monotonic()
-        if self._metrics.use(plan.config.metrics.listen, now):
-            self._crew.dismiss(METRICS, now)
+        self._use_metrics()
         self._prober.use_times(
             heartbeat_seconds=plan.config.supervisor.heartbeat_seconds,
             hang_seconds=plan.config.supervisor.hang_seconds,
         )
+
+    def _use_metrics(self) -> None:
+        now = time.monotonic()
+        if self._metrics.use(self.settings.config.metrics.listen, now):
+            self._crew.dismiss(METRICS, now)
 
     def use_log_level(self, message: m.SetLogLevel) -> None:
         """Every worker takes over the level, and each that is started from now on."""

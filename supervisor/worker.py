@@ -111,6 +111,8 @@ class Worker:
         self._process: Spawned | None = None
         # What it may say now.
         self._stage = Stage.FORKED
+        # What it understands (`ipc.order`).
+        self._conversation = order.CONVERSATION
         # How often it may have itself or others restarted.
         self.patience = Patience(limits.restart_max)
         self._has_hung_up = False
@@ -199,6 +201,7 @@ class Worker:
         made._is_killed, made._killed_at = kept.killed_at is not None, kept.killed_at or 0.0
         if kept.process is not None:
             made._process = Spawned.adopt(kept.process, kept.slot, log_handler)
+            made._conversation = kept.process.conversation
             made._queue_again(kept.process.waiting)
         return made
 
@@ -222,7 +225,11 @@ class Worker:
                 KeptMessage(data=codec.encode(message), descriptors=list(descriptors))
                 for message, descriptors in self._outbox
             ]
-            process = msgspec.structs.replace(self._process.keep(lets_go=lets_go), waiting=waiting)
+            process = msgspec.structs.replace(
+                self._process.keep(lets_go=lets_go),
+                waiting=waiting,
+                conversation=self._conversation,
+            )
         last = self.last_exit
         return KeptWorker(
             slot=self.slot,
@@ -264,6 +271,7 @@ class Worker:
         self.counters = {}
         self.confinement = None
         self._stage = Stage.FORKED
+        self._conversation = order.CONVERSATION
         self.patience.begin()
         self._has_hung_up = self._is_killed = False
         self._allowance = Allowance(BYTES_PER_SECOND, BURST_BYTES, now)
@@ -367,7 +375,13 @@ class Worker:
                 os.kill(self._process.pid, number)
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Sends in order; what cannot be sent now waits. A full queue kills the worker."""
+        """Sends in order; what cannot be sent now waits. A full queue kills the worker.
+
+        A process of an earlier version is not told what it would not understand.
+        """
+        if order.SINCE.get(type(message), 0) > self._conversation:
+            log.debug("%s does not know %s yet", self.slot, type(message).__name__)
+            return
         is_opened = isinstance(message, ListenerOpened)
         if self._process is None or (is_opened and message in self._waiting_listeners):
             return

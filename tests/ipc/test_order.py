@@ -29,6 +29,20 @@ def test_every_message_of_the_channel_has_its_time():
     assert {kind for _, kind in order.TOLD} == told
 
 
+def test_every_message_that_old_workers_do_not_know_has_its_number():
+    """One that is left out would end all workers, and their connections, at the next upgrade in place."""
+    first = {
+        m.ConfigureTun, m.ConfigureDns, m.ConfigureProxy, m.NetworkChanged, m.RedirectsChanged,
+        m.UpstreamChanged, m.NamesChanged, m.ListenerOpened, m.ListenerRefused, m.SetLogLevel, m.Drain,
+        m.TakeOver, m.Stop,
+    }  # fmt: skip
+    told = {kind for _, kind in order.TOLD}
+    # The processes of metrics have known theirs from the beginning.
+    of_metrics = {m.ConfigureMetrics, m.MetricsSnapshot}
+    assert set(order.SINCE) == told - first - of_metrics
+    assert all(1 <= number <= order.CONVERSATION for number in order.SINCE.values())
+
+
 @pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
 def test_nothing_but_its_confinement_comes_first(message):
     if isinstance(message, m.Confined):

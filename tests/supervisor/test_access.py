@@ -1,6 +1,7 @@
 """Whom the configuration means, and whether this system says who connects."""
 
 import errno
+import grp
 import os
 import pwd
 import subprocess
@@ -12,11 +13,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipc import codec
+from ipc import messages as m
+from ipc.permits import Role
 from ipc.socket_owner import Owner
 from supervisor import access as module
-from supervisor.access import Account, Security, allowed, lookup_socket, resolvers, try_out
+from supervisor.access import (
+    Account,
+    Security,
+    UnansweredError,
+    allowed,
+    ask_system,
+    lookup_socket,
+    resolvers,
+    try_out,
+)
 from supervisor.config import SecurityConfig
 from supervisor.exits import MisconfiguredError
+from supervisor.reasons import ReasonId, reason_id
 from supervisor.settings import User
 
 VNET_SUPERVISOR = str(Path(sys.executable).with_name("vnet-supervisor"))
@@ -108,9 +122,62 @@ def test_too_many_users_are_a_problem_and_the_vnet_user_stays():
 
 def test_the_systems_own_accounts_are_asked():
     name = pwd.getpwuid(0).pw_name
-    config = SecurityConfig(allow_users=[name], allow_groups=["root"])
+    config = SecurityConfig(allow_users=[name], allow_groups=[grp.getgrgid(0).gr_name])
     module.check(config)
-    assert 0 in allowed(config, module.SystemAccounts()).uids
+    found = ask_system(config)
+    assert 0 in found.uids
+    assert found == allowed(config, module.SystemAccounts())
+
+
+def test_a_name_service_that_hangs_is_not_waited_for(monkeypatch):
+    """The supervisor's loop waits meanwhile, and its watchdog for the loop."""
+    sleeping = (sys.executable, "-c", "import time; time.sleep(600)")
+    monkeypatch.setattr(module, "_LOOKUP", sleeping)
+    monkeypatch.setattr(module, "LOOKUP_SECONDS", 0.2)
+    config = SecurityConfig(allow_users=["bob"])
+    with pytest.raises(UnansweredError, match=r"not answered within 0\.2 s"):
+        module.check(config)
+    security = Security(USER)
+    assert security.look_up(config, 1, "none").uids == [0, 1000]
+    [warning] = security.warnings
+    assert reason_id(warning) is ReasonId.USER_UNKNOWN
+    assert warning.endswith("run: vnet reload")
+
+
+@pytest.mark.parametrize("program", ["raise SystemExit(1)", "print('[]')", "pass"])
+def test_an_answer_that_is_none_is_no_configuration_error(monkeypatch, program):
+    monkeypatch.setattr(module, "_LOOKUP", (sys.executable, "-c", program))
+    with pytest.raises(UnansweredError, match="cannot be looked up"):
+        module.check(SecurityConfig(allow_groups=["devs"]))
+
+
+def test_nobody_is_asked_when_nobody_is_named(monkeypatch):
+    monkeypatch.setattr(module, "_LOOKUP", ("/nowhere/python",))
+    module.check(SecurityConfig())
+    assert Security(USER).look_up(SecurityConfig(), 1, "none").uids == [0, 1000]
+
+
+def test_who_was_found_stays_while_the_system_does_not_answer(monkeypatch):
+    name = pwd.getpwuid(1).pw_name
+    config, other = SecurityConfig(allow_users=[name]), SecurityConfig(allow_users=[name, "root"])
+    security = Security(USER)
+    assert security.look_up(config, 1, "none").uids == [0, 1000, 1]
+    monkeypatch.setattr(module, "_LOOKUP", ("/nowhere/python",))
+    assert security.look_up(config, 1, "none").uids == [0, 1000, 1]
+    assert len(security.warnings) == 1
+    assert security.look_up(other, 1, "none").uids == [0, 1000]
+
+
+def test_numbers_that_no_user_has_are_left_out(tmp_path):
+    """The kernel calls a socket without a user like the number -1 here, and a message has no room for more."""
+    accounts = FakeAccounts()
+    accounts.known.append(Account("broken", -1, 1))
+    (tmp_path / "passwd").write_text(f"named:x:{'9' * 30}:1::/:/\n{PASSWD}")
+    security = Security(USER, accounts=accounts)
+    found = security.look_up(SecurityConfig(allow_users=["broken", "bob"]), 1, "none")
+    assert (found.uids, found.resolvers) == ([0, 1000, 1001], [990, 991])
+    changed = m.SecurityChanged(access=found, http=m.HttpRules())
+    assert codec.decode(codec.encode(changed), Role.SUPERVISOR, Role.DNS) == changed
 
 
 def test_resolvers_ask_for_all_and_nobody_only_for_networkmanager():

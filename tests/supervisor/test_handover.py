@@ -21,7 +21,7 @@ from supervisor import handover, sealed
 from supervisor.config import Config, parse
 from supervisor.confinement.landlock_rules import Reach
 from supervisor.error_output import ErrorOutputReceiver
-from supervisor.handover import Handover, HandoverError
+from supervisor.handover import Handover, HandoverError, KeptWorker
 from supervisor.log_book import LogBook, LogEntry
 from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits
@@ -111,6 +111,17 @@ def test_another_version_of_the_format_is_named():
     other = data[:8] + struct.pack(">H", handover.FORMAT + 1) + data[10:]
     with pytest.raises(HandoverError, match=f"format {handover.FORMAT + 1}.*restart VNet"):
         handover.decode(other)
+
+
+def test_program_that_knows_no_metrics_worker_is_not_handed_one():
+    """It would find out when it is too late, and all of VNet would end."""
+    without = handover.encode(state())
+    assert without[8:10] == b"\0\1"
+    metrics = KeptWorker(slot="metrics", state=WorkerState.READY, stage=Stage.READY)
+    for changed in ({"workers": [metrics]}, {"leavers": [metrics]}):
+        encoded = handover.encode(state(**changed))
+        assert encoded[8:10] == b"\0\2"
+        assert handover.decode(encoded) == state(**changed)
 
 
 def test_state_of_a_newer_or_older_program_of_the_same_format_is_understood():
@@ -333,6 +344,31 @@ def test_message_that_a_newer_program_does_not_know_ends_the_worker(far, records
     assert adopted._is_killed
     reap(adopted)
     assert adopted.last_exit == LastExit(None, "SIGKILL")
+
+
+def test_process_of_an_earlier_version_is_not_told_what_ends_it(far, records):
+    """It ends when it hears a message that it does not know, and with it its connections."""
+    news = m.SecurityChanged(access=m.Access(uids=[]), http=m.HttpRules())
+    worker = ready_worker(far)
+    far.end._me = Role.PROXY  # tun is not told
+    worker.send(news)
+    assert far.end.receive() == (news, [])
+    same = through(worker, records)
+    same.send(news)
+    assert far.end.receive() == (news, [])
+    kept = same.keep(lets_go=True)
+    same._process.channel._socket.detach()
+    # As a program leaves it that knows nothing of this.
+    raw = msgspec.to_builtins(kept, builtin_types=(bytes,))
+    del raw["process"]["conversation"]
+    older = Worker.adopt(msgspec.convert(raw, KeptWorker), WHO, LIMITS, Reach(), records)
+    older.send(news)
+    older.send(m.SetLogLevel(level="DEBUG"))
+    assert far.end.receive() == (m.SetLogLevel(level="DEBUG"), [])
+    assert far.end.receive() is None
+    # Nor is the program after the next told that it understands more.
+    assert older.keep(lets_go=False).process.conversation == 0
+    reap(older)
 
 
 def test_log_is_read_again_when_nothing_came_of_it(far, records):

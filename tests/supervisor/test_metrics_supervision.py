@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import time
+import types
 import urllib.request
 from pathlib import Path
 
 import msgspec
 import pretend_worker
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from run_fakes import CLUSTER, FakeRun, make_workers
@@ -263,6 +266,25 @@ def test_another_program_of_this_process_tells_the_same_start():
     later.close()
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_change_that_another_program_of_this_process_finds_is_one(elsewhere):
+    """It reads the configuration too; the socket that it is handed is that of the old address."""
+    first, second = free_address(), free_address() if elsewhere else ""
+    endpoint = MetricsEndpoint(first)
+    assert endpoint.is_open(0.0)
+    kept = endpoint.keep()
+    later = MetricsEndpoint(
+        second, msgspec.structs.replace(kept, descriptor=os.dup(kept.descriptor))
+    )
+    endpoint.close()
+    assert later.is_open(1.0)
+    assert later.wanted == first
+    assert later.use(second, 1.0)
+    metrics_socket.listen(first).close()
+    assert later.is_open(1.5) is elsewhere
+    later.close()
+
+
 def test_change_frees_the_old_address_and_is_patient_with_the_new_one():
     first = free_address()
     endpoint = MetricsEndpoint(first)
@@ -325,12 +347,12 @@ def test_workers_are_shown_by_slot(monkeypatch):
 def test_cpu_time_never_falls_when_processes_come_and_go(monkeypatch):
     """A successor beside the old process, then alone: a counter that fell would look like a restart."""
     run = ready_run()
-    used = {10: 5.0, 11: 1.0}
+    used = {10: 5000, 11: 1000}
     pids = {id(run.workers["proxy-0"]): 10}
     monkeypatch.setattr(metrics_figures.Worker, "pid", property(lambda w: pids.get(id(w))))
     monkeypatch.setattr(metrics_figures, "_process", lambda pid: pid)
     monkeypatch.setattr(metrics_figures, "_memory", lambda _process: 100)
-    monkeypatch.setattr(metrics_figures, "_cpu", lambda process: used.get(process, 0.0))
+    monkeypatch.setattr(metrics_figures, "_cpu", lambda process: used.get(process, 0))
     figures = Figures()
 
     def look() -> m.WorkerFigures:
@@ -343,14 +365,47 @@ def test_cpu_time_never_falls_when_processes_come_and_go(monkeypatch):
     pids[id(run.workers["proxy-0"])] = 11
     run.workers["proxy-0"].started_at = 1.0
     assert (look().cpu_seconds, look().resident_bytes) == (6.0, 200)
-    used[10] = 5.5
+    used[10] = 5500
     assert look().cpu_seconds == 6.5
     run.others = []
     assert (look().cpu_seconds, look().resident_bytes) == (6.5, 100)
-    used[11] = 0.0  # it has ended, and was not reaped yet
+    used[11] = 0  # it has ended, and was not reaped yet
     assert look().cpu_seconds == 6.5
-    again = Figures(figures.past_cpu)
-    assert again.cpu_seconds("proxy-0") == 5.5
+    # Another program of this process; what it adopts ends before it has looked once.
+    figures = Figures(figures.past_cpu, figures.started_at, figures.processes())
+    assert look().cpu_seconds == 6.5
+    figures = Figures(figures.past_cpu, figures.started_at, figures.processes())
+    pids.clear()
+    assert look().cpu_seconds == 6.5
+
+
+@pytest.mark.parametrize("times", [(1.13, 0.0), (2.01, 0.0), (0.1, 0.2), (1.01, 1.02)])
+def test_cpu_time_does_not_fall_by_a_digit_when_the_process_ends(monkeypatch, times):
+    run = ready_run()
+    pids = {id(run.workers["dns"]): os.getpid()}
+    monkeypatch.setattr(metrics_figures.Worker, "pid", property(lambda w: pids.get(id(w))))
+    used = types.SimpleNamespace(user=times[0], system=times[1])
+    monkeypatch.setattr(psutil.Process, "cpu_times", lambda _process: used)
+    figures = Figures()
+    before = figures.collect(run, "healthy").workers[2].cpu_seconds
+    assert before == pytest.approx(sum(times))
+    pids.clear()
+    assert figures.collect(run, "healthy").workers[2].cpu_seconds == before
+
+
+def test_figures_are_there_when_no_descriptor_is_left(monkeypatch):
+    run, figures = ready_run(), Figures()
+    before = figures.collect(run, "healthy")
+    assert before.resident_bytes > 1_000_000
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as closing:
+        # Before any is freed.
+        closing.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+        found = figures.collect(run, "healthy")
+    assert found.resident_bytes == 0
+    # A total that fell would look like a restart.
+    assert found.cpu_seconds >= before.cpu_seconds > 0
 
 
 def test_process_that_could_not_be_looked_at_is_looked_at_again(monkeypatch):
@@ -379,3 +434,14 @@ def test_clusters_are_bounded_and_their_times_read():
     assert codec.decode(codec.encode(found), Role.SUPERVISOR, Role.METRICS) == found
     run.report = None
     assert Figures().collect(run, "starting").clusters == []
+
+
+def test_names_of_any_length_fit_into_a_message():
+    """Only a proxy that lies has such; one that is too large would never be told."""
+    name = "\U0001f600" * 253
+    run = ready_run()
+    run.report = ClusterView([msgspec.structs.replace(CLUSTER, name=name, profile=name)] * 150, "")
+    found = Figures().collect(run, "healthy")
+    assert found.cluster_count == 150
+    assert 40 < len(found.clusters) < 100
+    assert codec.decode(codec.encode(found), Role.SUPERVISOR, Role.METRICS) == found

@@ -8,8 +8,8 @@ import pytest
 from run_fakes import CLUSTER, FakeRun, make_workers
 
 from ipc import messages as m
+from supervisor import access, status, status_report
 from supervisor import control_messages as cm
-from supervisor import status, status_report
 from supervisor.cli import status_view
 from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
@@ -338,6 +338,19 @@ def test_wrong_configuration_is_not_taken_over(run, tmp_path, text):
     assert run.orders == []
 
 
+def test_reload_changes_nothing_when_the_system_does_not_say_who_is_meant(
+    run, tmp_path, monkeypatch
+):
+    path = tmp_path / "vnet.toml"
+    path.write_text('security.allow_users = ["bob"]')
+    run.settings = msgspec_replace(run.settings, config_path=path)
+    monkeypatch.setattr(access, "_LOOKUP", ("/nowhere/python",))
+    answer = ask(run, cm.Reload())
+    assert answer["status"] == ExitStatus.USAGE
+    assert answer["text"].startswith("the configuration was not taken over: security.allow_users")
+    assert run.orders == []
+
+
 def test_version_is_that_of_the_package():
     assert collected(ready_run())["supervisor"]["version"] == version()
     assert make_workers("dns")["dns"].pid is None
@@ -355,7 +368,7 @@ def test_security_says_what_is_off_and_what_was_refused():
     assert (found.security.user_check, found.security.http_check) == ("on", "on")
     assert found.security.http_unchecked == []
     assert found.warnings == []
-    told = "5 connections of users refused that may not connect, 6 HTTP requests refused"
+    told = "5 connections of users who may not connect refused, 6 HTTP requests refused"
     assert f"security: {told}" in "\n".join(status_view.lines(found))
 
 

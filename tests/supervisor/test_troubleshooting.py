@@ -82,6 +82,7 @@ MAKERS: dict[str, set[str]] = {
 PLAIN = {
     "X has not been read yet: wait": "workers/proxy/teleport/client.py",
     "security.allow_users: the system knows no user X": "supervisor/access.py",
+    "security.allow_users and allow_groups cannot be looked up (X)": "supervisor/access.py",
 }
 # Every list of sentences that the status is made of has its makers above.
 LISTS = {

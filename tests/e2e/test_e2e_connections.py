@@ -76,7 +76,8 @@ def test_both_directions_at_once_carry_every_byte(bed):
 
 def test_a_slow_reader_loses_nothing(bed):
     much = UP * 8
-    with bed.connect(ECHO, 7) as end:
+    # The time limit of a socket is one for all of sendall, with the stall that this test makes.
+    with bed.connect(ECHO, 7, timeout=60) as end:
         thread = sending(end, much)
         # The buffers on the way are full long before the end; then the sender has to wait.
         wait_until(lambda: not _moves(bed), "the transfer stalls")

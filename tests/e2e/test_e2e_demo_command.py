@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,22 +20,57 @@ def vnet_demo(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProces
     )
 
 
-def outside() -> tuple[list[str], list[str], str, str]:
-    """What a demo must leave as it is: interfaces, mounts, rules, resolver."""
-    routes = subprocess.run(["ip", "route"], capture_output=True, check=True).stdout.decode()
-    return (
-        sorted(entry.name for entry in Path("/sys/class/net").iterdir()),
-        sorted(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()),
-        routes,
-        Path("/etc/resolv.conf").read_text(),
-    )
+# As a machine has them: what is mounted further down shows here too, unless that is prevented.
+_STAND_IN = "mount --make-rshared / && ip link set lo up && echo up && exec cat"
 
 
-def start_sleeping_demo() -> subprocess.Popen[bytes]:
+class StandIn:
+    """Network and mounts in the place of the machine's own, which others change at the same time."""
+
+    def __init__(self, pid: int) -> None:
+        """`pid` is that of a process in both namespaces."""
+        self._pid = pid
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command line that becomes this program, in them."""
+        return ["nsenter", f"--target={self._pid}", "--net", "--mount", "--", *arguments]
+
+    def look(self) -> tuple[str, str, list[str], str]:
+        """What a demo must leave as it is: interfaces, routes, mounts, resolver."""
+        links, routes = (
+            subprocess.run(self.command("ip", "-o", *what), capture_output=True, check=True).stdout
+            for what in (("link",), ("route", "show", "table", "all"))
+        )
+        seen = Path(f"/proc/{self._pid}")
+        mounts = (seen / "mounts").read_text().splitlines()
+        return (
+            links.decode(),
+            routes.decode(),
+            sorted(line.split()[1] for line in mounts),
+            (seen / "root/etc/resolv.conf").read_text(),
+        )
+
+
+@pytest.fixture
+def outside() -> Iterator[StandIn]:
+    """What is around a demo."""
+    with subprocess.Popen(
+        ["unshare", "--net", "--mount", "sh", "-c", _STAND_IN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+            yield StandIn(process.pid)
+        finally:
+            process.kill()
+
+
+def start_sleeping_demo(outside: StandIn) -> subprocess.Popen[bytes]:
     """A demo whose COMMAND has started and sleeps."""
-    process = subprocess.Popen(
-        [VNET, "demo", "--", "sh", "-c", "echo up; exec sleep 300"], stdout=subprocess.PIPE
-    )
+    command = (VNET, "demo", "--", "sh", "-c", "echo up; exec sleep 300")
+    process = subprocess.Popen(outside.command(*command), stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
     return process
@@ -104,24 +140,24 @@ def test_the_command_runs_in_the_callers_directory(tmp_path):
     assert done.stdout.decode() == f"{tmp_path}\n"
 
 
-def test_sigterm_ends_the_demo_and_leaves_nothing():
-    before = outside()
-    with start_sleeping_demo() as process:
+def test_sigterm_ends_the_demo_and_leaves_nothing(outside):
+    before = outside.look()
+    with start_sleeping_demo(outside) as process:
         below = descendants(process.pid)
         assert len(below) >= 8  # watcher, init, cluster, supervisor, five workers, command
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
     wait_until(lambda: not any(map(is_running, below)), "every process has ended", 2)
-    assert outside() == before
+    assert outside.look() == before
 
 
-def test_sigkill_of_the_demo_leaves_nothing():
-    before = outside()
-    with start_sleeping_demo() as process:
+def test_sigkill_of_the_demo_leaves_nothing(outside):
+    before = outside.look()
+    with start_sleeping_demo(outside) as process:
         below = descendants(process.pid)
         process.kill()
         wait_until(lambda: not any(map(is_running, below)), "every process has ended", 2)
-    assert outside() == before
+    assert outside.look() == before
 
 
 def test_sigint_ends_a_demo_without_a_command():

@@ -90,7 +90,7 @@ def state_of(bed: Bed) -> Path:
     return bed.directory / "vnet-state"
 
 
-def etc_of(bed: Bed) -> Mapping[str, object]:
+def etc_of(bed: Bed) -> dict[str, object]:
     """`/etc` as programs in the bed see it."""
     return dict(tree(bed.path("/etc")))
 
@@ -153,9 +153,12 @@ def test_what_a_dhcp_client_writes_is_used_and_is_what_comes_back():
         new = "nameserver 127.0.0.54\nsearch new.test\n"
         with vnet_in(bed):
             wait_until_healthy(bed)
-            (resolv_conf.parent / "resolv.conf.dhcp").write_text(new)
-            (resolv_conf.parent / "resolv.conf.dhcp").replace(resolv_conf)
+            written = resolv_conf.with_name("resolv.conf.dhcp")
+            written.write_text(new)
+            # Before VNet can have noticed: looking at all of /etc may take longer than that.
             newest = etc_of(bed)
+            newest[resolv_conf.name] = newest.pop(written.name)
+            written.replace(resolv_conf)
             wait_until(lambda: first_server(bed) == "100.64.0.2", "VNet is first again")
             assert "search new.test" in resolv_conf.read_text()
             wait_until(lambda: address_of(bed, FOREIGN) == UPSTREAM_ADDRESS, "names are found")

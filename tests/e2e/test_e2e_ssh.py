@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from demo_bed import demo_bed
+from far_bed import listens
 from private_bed import AT_ONCE_SECONDS, Bed, wait_until
 from second_factors import fresh_code, mfa, started
 from shared_cluster import CONFIG
@@ -365,17 +366,16 @@ def forwarding(bed: Bed, host: str, *options: str, port: int) -> Iterator[None]:
     fails = ("-o", "ExitOnForwardFailure=yes")
     with started(bed, *ssh_command(bed, *fails, *options, "-N", "-l", LOGIN, host)) as client:
 
-        def listens() -> bool:
+        def is_ready() -> bool:
             assert not client.is_over, client.result()
-            with contextlib.suppress(OSError):
-                bed.connect("127.0.0.1", port).close()
-                return True
-            return False
+            return listens(bed, "127.0.0.1", port)
 
-        wait_until(listens, "the port is forwarded")
+        wait_until(is_ready, "the port is forwarded")
         yield
         assert not client.is_over
         client.process.terminate()
+    # Whoever forwards it next must not meet this one, nor the sshd that listens for it.
+    wait_until(lambda: not listens(bed, "127.0.0.1", port), "nobody listens any more")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,9 @@ def test_data_goes_both_ways_unchanged(bed, way):
 def test_second_factor_lets_in(bed, way):
     host = f"mfa1.{way}.test"
     with started(bed, *ssh_command(bed, "-l", LOGIN, host, "echo here")) as waiting:
-        wait_until(lambda: f"{way}.test waits for a second factor" in bed.log(), "a prompt")
+        # With the word before it: the name of one way may end with that of another.
+        prompt = f" in {way}.test waits for a second factor"
+        wait_until(lambda: prompt in bed.log(), "a prompt")
         status, told = mfa(bed, fresh_code(bed, f"{way}.test"))
         assert status == 0, told
         assert waiting.result() == (0, "here\n")

@@ -187,7 +187,7 @@ def test_refusal_is_found_in_the_list_of_connections_by_its_word(bed, word, name
     section(word)
     bed.seconds_until_refused(name, port)
     assert f"  {word}: " in printed(bed, "vnet connections")
-    assert f"refused ({word}): " in bed.log()
+    wait_until(lambda: f"refused ({word}): " in bed.log(), "the log tells of it")
 
 
 def test_refusal_of_another_user_is_found_by_its_word(bed):
@@ -196,7 +196,8 @@ def test_refusal_of_another_user_is_found_by_its_word(bed):
     done = bed.run("bash", "-c", f"exec 3<>/dev/tcp/{address}/7", user="daemon")
     assert b"Connection refused" in done.stderr
     assert "  user_not_allowed: " in printed(bed, "vnet connections")
-    assert "refused (user_not_allowed): only root and those in security.allow_users" in bed.log()
+    told = "refused (user_not_allowed): only root and those in security.allow_users"
+    wait_until(lambda: told in bed.log(), "the log tells of it")
 
 
 def test_refused_request_is_found_by_its_word(bed):
@@ -208,7 +209,8 @@ def test_refused_request_is_found_by_its_word(bed):
         lambda: "  http_refused: Host 'evil.test': " in printed(bed, "vnet connections"),
         "the list tells of it",
     )
-    assert "HTTP request for Host 'evil.test' at echo.demo.test refused: " in bed.log()
+    told = "HTTP request for Host 'evil.test' at echo.demo.test refused: "
+    wait_until(lambda: told in bed.log(), "the log tells of it")
 
 
 def test_names_are_found_step_by_step_as_the_guide_says(bed):

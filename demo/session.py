@@ -7,7 +7,6 @@ vnet0             VNet, started like any user would start it
 
 import asyncio
 import contextlib
-import getpass
 import json
 import logging
 import os
@@ -101,8 +100,7 @@ def _shell() -> list[str]:
 
 
 def _read_clusters(path: Path | None, proxy_addr: str = "") -> ClusterFile:
-    user = getpass.getuser()
-    logins = tuple(dict.fromkeys((user, "root")))
+    logins = tuple(dict.fromkeys((_user(), "root")))
     try:
         if path is not None:
             return parse_cluster_file(path.read_text())
@@ -110,7 +108,18 @@ def _read_clusters(path: Path | None, proxy_addr: str = "") -> ClusterFile:
             return default_clusters(proxy_addr, logins=logins)
         return default_clusters(logins=logins)
     except (OSError, UnicodeDecodeError, EmbeddedClusterError) as error:
-        raise DemoError(f"{path or 'the default cluster'}: {error}") from error
+        raise DemoError(f"{path or 'the default cluster'}: {_why(error)}") from error
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError as error:
+        raise DemoError(f"the system knows no user of uid {os.getuid()}: run as another") from error
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def _read_config(path: Path | None) -> dict[str, Any]:
         parse(text)  # what is wrong with it is better said now than in the log of VNet
         return tomllib.loads(text)
     except (OSError, UnicodeDecodeError, MisconfiguredError) as error:
-        raise DemoError(f"{path}: {error}") from error
+        raise DemoError(f"{path}: {_why(error)}") from error
 
 
 def toml(config: Mapping[str, Any]) -> str:
@@ -272,7 +281,7 @@ class _Demo:
         config_path = self.directory / "vnet.toml"
         config_path.write_text(toml(config))
         arguments = [sys.executable, "-m", "supervisor.main", "--config", str(config_path)]
-        arguments += ["--run-dir", str(self.run_dir), "--user", pwd.getpwuid(os.getuid()).pw_name]
+        arguments += ["--run-dir", str(self.run_dir), "--user", _user()]
         arguments += ["--state-dir", str(self.directory / "state")]
         level = os.environ.get("VNET_DEMO_LOG_LEVEL")
         if level:

@@ -10,7 +10,17 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from supervisor import access, config, handover, logs, next_start, reload_plan, settings, upgrade
+from supervisor import (
+    access,
+    config,
+    handover,
+    logs,
+    next_start,
+    reload_plan,
+    settings,
+    standard_streams,
+    upgrade,
+)
 from supervisor.exits import ExitStatus, MisconfiguredError, StartupError
 from supervisor.handover import Handover
 from supervisor.notify import Notifier, take_stored
@@ -88,7 +98,7 @@ def _check(flags: argparse.Namespace, handed: int | None) -> ExitStatus:
 def _run(flags: argparse.Namespace, handed: int | None) -> ExitStatus:
     # First: they stand where the next descriptors would be opened.
     stored = take_stored(os.environ, os.getpid())
-    _fill_standard_descriptors()
+    standard_streams.fill_descriptors()
     state = None if handed is None else upgrade.adopt(handed)
     chosen = _settings(flags, state)
     handler = logs.set_up(chosen.log_level, chosen.log_format)
@@ -107,13 +117,6 @@ def _run(flags: argparse.Namespace, handed: int | None) -> ExitStatus:
         log.exception("VNet ends after an internal error")
         return ExitStatus.INTERNAL
     return ExitStatus.OK
-
-
-def _fill_standard_descriptors() -> None:
-    """Opens those of 0, 1 and 2 that the caller closed: no socket may get such a number."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
 
 
 def _settings(flags: argparse.Namespace, state: Handover | None) -> Settings:

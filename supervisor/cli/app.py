@@ -4,6 +4,8 @@ What a command needs beyond the control socket is imported when it runs, so that
 health check, starts quickly.
 """
 
+import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from supervisor import control_messages as cm
-from supervisor import settings
+from supervisor import settings, standard_streams
 from supervisor.cli import completion, service_commands
 from supervisor.cli import status as status_command
 from supervisor.cli.control_client import AskError, order
@@ -40,8 +42,25 @@ app = typer.Typer(
 
 # As shells have it for a process that Ctrl-C has ended.
 _INTERRUPTED = 130
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app.add_typer(service_commands.app, name="service")
+
+
+def _is_text(value: str | None) -> str | None:
+    """What is no path goes to VNet or a cluster as UTF-8."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(f"{value!r} is not UTF-8.") from None
+    return value
+
+
+def _file_or_folder(name: str) -> Path:
+    if name.endswith("/") and not Path(name).is_dir():
+        raise typer.BadParameter(f"there is no folder {name!r}: make it, or name a file.")
+    return Path(name)
+
 
 RunDir = Annotated[
     Path | None,
@@ -51,11 +70,21 @@ RunDir = Annotated[
 
 def main() -> None:
     """Entry point."""
+    standard_streams.fill()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal of another encoding still shows what it can.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        status = _run(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            status = _run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         status = _reader_has_gone()
+    except OSError as error:
+        if not _is_of_output(error):
+            raise
+        status = _cannot_print(error)
     raise SystemExit(status)
 
 
@@ -74,7 +103,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError) or _is_of_output(error):
             raise
         return _internal(error)
     except Exception as error:  # noqa: BLE001  # the outermost frame of the process
@@ -92,30 +121,51 @@ def _explain(error: typer.TyperException) -> None:
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "vnet")
     text = f"{text[:1].lower()}{text[1:]}{'' if text.endswith('?') else ';'}"
-    print(f"vnet: {text} see {command} --help", file=sys.stderr)
+    _tell(f"{text} see {command} --help")
 
 
 def _internal(error: Exception) -> int:
     if sys.flags.dev_mode:
         raise error
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    print(
-        f"vnet: internal error: {text}: report it, with what PYTHONDEVMODE=1 prints",
-        file=sys.stderr,
-    )
+    _tell(f"internal error: {text}: report it, with what PYTHONDEVMODE=1 prints")
     return int(ExitStatus.INTERNAL)
 
 
 def _reader_has_gone() -> int:
     """The reader of our output has what it wanted, as in `vnet logs | head -1`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _write_nowhere(1)
     return int(ExitStatus.OK)
+
+
+def _is_of_output(error: OSError) -> bool:
+    return error.filename is None and error.errno in _OUTPUT_ERRORS
+
+
+def _cannot_print(error: OSError) -> int:
+    _write_nowhere(1)
+    why = f"standard output cannot be written ({error.strerror})"
+    _tell(f"{why}: make room, or name another place")
+    return int(ExitStatus.INTERNAL)
+
+
+def _write_nowhere(descriptor: int) -> None:
+    """Python would fail once more at the end, with what is left to be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def fail(status: ExitStatus, text: str) -> NoReturn:
     """Ends with one line on standard error."""
-    print(f"vnet: {text}", file=sys.stderr)
+    _tell(text)
     raise SystemExit(int(status))
+
+
+def _tell(text: str) -> None:
+    """Where nobody reads it the exit status still says it."""
+    try:
+        print(f"vnet: {text}", file=sys.stderr)
+    except OSError:
+        _write_nowhere(2)
 
 
 def _show_version(wanted: bool) -> None:
@@ -191,7 +241,10 @@ def restart(
     worker: Annotated[
         str,
         typer.Argument(
-            metavar="WORKER", help="Its name, or all.", autocompletion=completion.workers
+            metavar="WORKER",
+            help="Its name, or all.",
+            callback=_is_text,
+            autocompletion=completion.workers,
         ),
     ],
     drain: Annotated[
@@ -272,6 +325,7 @@ def logs(
         typer.Option(
             metavar="NAME",
             help="Only of this worker, or supervisor.",
+            callback=_is_text,
             autocompletion=completion.speakers,
         ),
     ] = None,
@@ -389,7 +443,11 @@ def diag(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Save the report there; in a folder it gets a name."),
+        typer.Option(
+            metavar="FILE",
+            parser=_file_or_folder,
+            help="Save the report there; in a folder it gets a name.",
+        ),
     ] = None,
     config: ConfigFile = None,
     run_dir: RunDir = None,
@@ -415,6 +473,11 @@ def diag(
     work.leave(status)
 
 
+InCluster = Annotated[
+    str, typer.Option(metavar="NAME", help="Only in this cluster.", callback=_is_text)
+]
+
+
 @app.command()
 def ls(
     kind: Annotated[
@@ -425,8 +488,11 @@ def ls(
             autocompletion=completion.kinds,
         ),
     ] = None,
-    cluster: Annotated[str, typer.Option(metavar="NAME", help="Only in this cluster.")] = "",
-    search: Annotated[str, typer.Option(metavar="WORDS", help="Only what contains them.")] = "",
+    cluster: InCluster = "",
+    search: Annotated[
+        str,
+        typer.Option(metavar="WORDS", help="Only what contains them.", callback=_is_text),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     config: ConfigFile = None,
 ) -> None:
@@ -477,6 +543,7 @@ def proxy(
         typer.Argument(
             metavar="NAME",
             help="Name or address of an app or database.",
+            callback=_is_text,
             autocompletion=completion.apps,
         ),
     ],
@@ -488,7 +555,7 @@ def proxy(
         int | None,
         typer.Option(metavar="PORT", min=1, max=65535, help="Which port of a multi-port app."),
     ] = None,
-    cluster: Annotated[str, typer.Option(metavar="NAME", help="Only in this cluster.")] = "",
+    cluster: InCluster = "",
     any_host: Annotated[
         bool,
         typer.Option("--any-host", help="Let HTTP requests pass whatever their Host and Origin."),

@@ -127,10 +127,10 @@ class Sources:
         try:
             with os.scandir(directory) as entries:
                 found = sorted(e.path for e in entries if e.name.endswith(c.SOCKET_ENDING))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
         except PermissionError as error:
             raise _not_permitted(directory) from error
+        except OSError:
+            return []
         return found[:MAX_SOURCES]
 
     async def close(self) -> None:

@@ -17,6 +17,7 @@ from supervisor.cli.text import (
     RED,
     columns,
     cut,
+    duration,
     head,
     padded,
     printable,
@@ -156,18 +157,6 @@ def amount(count: float) -> str:
         if count < 999.5:
             return f"{count:.0f}{unit}"
     return "999P+"
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: 5s, 3m 5s, 2h 3m, 4d 2h."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours}h"
-    if hours:
-        return f"{hours}h {minutes}m"
-    return f"{minutes}m {rest}s" if minutes else f"{rest}s"
 
 
 def _reason(row: ConnectionRow, width: int | None) -> list[str]:

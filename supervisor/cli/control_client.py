@@ -67,7 +67,8 @@ def ask(run_dir: Path, request: Request, seconds: float = TIMEOUT_SECONDS) -> by
     except OSError as error:
         raise AskError(
             ExitStatus.INTERNAL,
-            f"{path} cannot be used ({error.strerror or error}): see VNet's log",
+            f"{path} cannot be used ({error.strerror or error}): name another directory with VNET_RUN_DIR,"
+            " or see VNet's log",
         ) from error
     return data
 

@@ -73,7 +73,7 @@ def diagnose(options: Options, environment: Mapping[str, str]) -> ExitStatus:
         raise
     text = _text(report, options, created)
     if file is None:
-        _print(text)
+        print(text, end="", flush=True)
     else:
         _save(file, text)
     return ExitStatus.DEGRADED if report.has_issues else ExitStatus.OK
@@ -198,20 +198,6 @@ def _open(output: Path, options: Options, created: datetime) -> _File:
         status = _STATUS_OF_ERRNO.get(error.errno or 0, ExitStatus.INTERNAL)
         raise DiagError(
             status, f"{path} cannot be written ({error.strerror}): name another file with --output"
-        ) from error
-
-
-def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise DiagError(
-            ExitStatus.INTERNAL,
-            f"standard output cannot be written ({error.strerror}): name a file with --output",
         ) from error
 
 

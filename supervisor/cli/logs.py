@@ -5,7 +5,6 @@
 A supervisor that restarts has a new book whose numbers begin anew; all of it is shown.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,13 +15,13 @@ from supervisor import control_messages as cm
 from supervisor import logs
 from supervisor.cli.control_client import AskError, ask, not_understood
 from supervisor.cli.screen import has_colour
+from supervisor.cli.text import BOLD, PLAIN, RED, YELLOW
 from supervisor.exits import ExitStatus
 from supervisor.log_book import LogEntry, Piece
 
 POLL_SECONDS = 0.25
 
-_COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[1;31m"}
-_PLAIN = "\x1b[0m"
+_COLOURS = {"warning": YELLOW, "error": RED, "critical": f"{BOLD}{RED}"}
 
 
 def show(
@@ -48,10 +47,6 @@ def show(
                 return ExitStatus.OK
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        return ExitStatus.OK
-    except BrokenPipeError:
-        # Its reader has gone, as in `vnet logs | head`; nothing must be flushed to it at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return ExitStatus.OK
 
 
@@ -124,10 +119,8 @@ class _Printer:
             text = logs.json_line(entry)
         else:
             colour = _COLOURS.get(entry.level, "") if self._has_colour else ""
-            text = logs.text_line(entry, before=colour, after=_PLAIN if colour else "")
-        # A terminal of another encoding still shows what it can.
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, errors="replace").decode(encoding))
+            text = logs.text_line(entry, before=colour, after=PLAIN if colour else "")
+        print(text)
 
 
 def _say(text: str) -> None:

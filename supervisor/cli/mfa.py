@@ -148,10 +148,10 @@ class _Mfa:
         try:
             with os.scandir(self._directory) as entries:
                 found = [(e.inode(), e.path) for e in entries if e.name.endswith(".sock")]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
         except PermissionError as error:
             raise _not_permitted(str(self._directory)) from error
+        except OSError:
+            return []
         return found[:MAX_PROXIES]
 
     async def _listen(self, source: int, inode: int, reader: asyncio.StreamReader) -> None:

@@ -1,5 +1,6 @@
 """One line on standard error that says what takes so long, while it does; only on a terminal."""
 
+import os
 import sys
 import threading
 import time
@@ -7,12 +8,14 @@ from types import TracebackType
 from typing import Self
 
 from supervisor.cli.screen import is_terminal
+from supervisor.cli.text import cut
 
 # What is done sooner needs no word.
 DELAY_SECONDS = 0.5
 STEP_SECONDS = 1.0
 
 _ANEW = "\r\x1b[K"
+_USUAL_COLUMNS = 80
 
 
 class Progress:
@@ -61,5 +64,15 @@ class Progress:
                 if self._is_over.is_set():
                     return
                 self._is_shown = True
-                text = f"{_ANEW}{self._text} ... {time.monotonic() - began:.0f} s"
-                print(text, end="", file=sys.stderr, flush=True)
+                passed = f" ... {time.monotonic() - began:.0f} s"
+                text = cut(self._text, _columns() - len(passed)) + passed
+                print(f"{_ANEW}{text}", end="", file=sys.stderr, flush=True)
+
+
+def _columns() -> int:
+    """A line that takes more than a row of the terminal could not be taken away."""
+    try:
+        found = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        found = 0
+    return (found or _USUAL_COLUMNS) - 1

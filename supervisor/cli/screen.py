@@ -127,8 +127,7 @@ class Screen:
 
 
 def _write(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

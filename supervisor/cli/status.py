@@ -129,5 +129,4 @@ def _lines(found: Status) -> list[str]:
 
 
 def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding), flush=True)
+    print(text, flush=True)

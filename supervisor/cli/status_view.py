@@ -12,6 +12,7 @@ from supervisor.cli.text import (
     RED,
     YELLOW,
     cut_middle,
+    duration,
     padded,
     printable,
     wrapped,
@@ -64,7 +65,7 @@ def _details(status: Status, width: int | None) -> Iterator[str]:
     yield ""
     yield (
         f"version {status.supervisor.version}, process {status.supervisor.pid}, user"
-        f" {status.supervisor.user}, up {_duration(status.supervisor.uptime_seconds)}"
+        f" {status.supervisor.user}, up {duration(status.supervisor.uptime_seconds)}"
     )
     if status.network is not None:
         network = status.network
@@ -90,9 +91,9 @@ def _security(security: SecurityStatus) -> Iterator[str]:
     if security.http_check is Check.OFF:
         yield "HTTP requests are not checked"
     elif number := len(security.http_unchecked):
-        yield f"HTTP requests to {number} {'app is' if number == 1 else 'apps are'} not checked"
+        yield f"HTTP requests to {number} {_plural('app', number)} are not checked"
     if number := security.users_refused:
-        yield f"{number} {_plural('connection', number)} of users refused that may not connect"
+        yield f"{number} {_plural('connection', number)} of users who may not connect refused"
     if number := security.http_refused:
         yield f"{number} HTTP {_plural('request', number)} refused"
 
@@ -149,7 +150,7 @@ def _of_workers(workers: Sequence[WorkerStatus]) -> list[_Column]:
         ),
         _number("PID", [str(worker.pid or "-") for worker in workers], need=4),
         _number("RESTARTS", [str(worker.restarts) for worker in workers], need=5),
-        _number("UP", [_known(worker.uptime_seconds, _duration) for worker in workers], need=3),
+        _number("UP", [_known(worker.uptime_seconds, duration) for worker in workers], need=3),
         _number("MEMORY", [_known(worker.rss_bytes, _megabytes) for worker in workers], need=2),
         _number("CPU", [_known(worker.cpu_percent, _percent) for worker in workers], need=1),
     ]
@@ -221,11 +222,3 @@ def _megabytes(count: int) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.1f} %"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes}m"
-    return f"{minutes}m {rest}s" if minutes else f"{rest}s"

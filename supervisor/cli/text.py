@@ -95,3 +95,15 @@ def _lines(words: list[str], room: int) -> Iterator[str]:
         line = rest
     if line:
         yield line
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: 5s, 3m 5s, 2h 3m, 4d 2h."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    if hours:
+        return f"{hours}h {minutes}m"
+    return f"{minutes}m {rest}s" if minutes else f"{rest}s"

@@ -1,5 +1,8 @@
 import contextlib
+import tomllib
+from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from demo.cluster.config import ClusterFile, PortRange, default_clusters, parse_cluster_file
 from demo.cluster.errors import ClusterFileError
 
+PAGE = Path(__file__).parents[2] / "docs" / "demo.md"
 WHOLE = """
 [[clusters]]
 name = "root.example.test"
@@ -72,6 +76,17 @@ def test_every_documented_key_is_understood():
     assert root.databases[0].backend == ("127.0.0.1", 5432)
     assert root.databases[0].allowed_roles == ("dba",)
     assert leaf.leaf_of == root.name
+
+
+def test_the_example_of_the_documentation_is_understood_and_has_every_key():
+    _, _, rest = PAGE.read_text().partition("```toml\n")
+    text = rest.partition("```")[0]
+    (cluster,) = parse_cluster_file(text).clusters
+    written = tomllib.loads(text)["clusters"][0]
+    parts = (cluster, cluster.apps[0], cluster.nodes[0], cluster.databases[0])
+    tables = (written, *(written[name][0] for name in ("apps", "nodes", "databases")))
+    for part, table in zip(parts, tables, strict=True):
+        assert table.keys() == {key.encode_name for key in msgspec.structs.fields(part)}
 
 
 def test_public_addr_defaults_to_name_and_proxy_host():

@@ -58,6 +58,19 @@ def test_wrong_files_end_with_the_status_of_a_demo_that_cannot_be_set_up(tmp_pat
         assert session.run_demo(*arguments, ["true"]) == CANNOT_SET_UP
         assert capsys.readouterr().err.startswith("vnet demo: ")
     assert session.run_cluster(tmp_path / "none.toml", tmp_path) == CANNOT_SET_UP
+    missing = f"vnet demo: {tmp_path / 'none.toml'}: No such file or directory\n"
+    assert capsys.readouterr().err == missing
+
+
+def test_a_user_without_an_account_is_told(tmp_path, monkeypatch, capsys):
+    def unknown(_uid: int):
+        raise KeyError
+
+    monkeypatch.setattr(session.pwd, "getpwuid", unknown)
+    assert session.run_demo(None, None, ["true"]) == CANNOT_SET_UP
+    assert session.run_cluster(None, tmp_path) == CANNOT_SET_UP
+    told = f"vnet demo: the system knows no user of uid {os.getuid()}: run as another\n"
+    assert capsys.readouterr().err == told * 2
 
 
 # -- upstream DNS --

@@ -1,6 +1,12 @@
 """Text for terminals, and the line on standard error while something takes long."""
 
+import fcntl
 import io
+import os
+import pty
+import re
+import struct
+import termios
 import time
 
 import pytest
@@ -51,6 +57,14 @@ def test_wrapped_lines_are_indented_and_no_more_than_wanted():
     assert text.wrapped("", 10) == []
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.9, "0s"), (59, "59s"), (61, "1m 1s"), (7205, "2h 0m"), (90_000, "1d 1h")],
+)
+def test_durations(seconds, shown):
+    assert text.duration(seconds) == shown
+
+
 def test_nothing_moves_the_cursor_or_turns_the_writing():
     evil = "a\x1b[2Jb\nc\u202ed\u200b\x9be"
     assert text.printable(evil) == "a [2Jb c d  e"
@@ -94,7 +108,7 @@ def wait_for(is_so):
 def test_progress_is_shown_on_a_terminal_and_gone_at_the_end(errors):
     stream = errors(Tty())
     with Progress("asking") as line:
-        wait_for(lambda: "asking ... 0 s" in stream.getvalue())
+        wait_for(lambda: re.search(r"asking \.\.\. \d+ s", stream.getvalue()))
         line.hide()
         seen = len(stream.getvalue())
         wait_for(lambda: "asking" in stream.getvalue()[seen:])
@@ -102,6 +116,20 @@ def test_progress_is_shown_on_a_terminal_and_gone_at_the_end(errors):
     said = stream.getvalue()
     time.sleep(0.05)
     assert stream.getvalue() == said
+
+
+def test_progress_takes_one_row_of_the_terminal(errors):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    with os.fdopen(ours, "rb", buffering=0) as screen, os.fdopen(theirs, "w") as stream:
+        errors(stream)
+        with Progress("looking for " + "long-" * 50):
+            seen = b""
+            while seen.count(b"\r\x1b[K") < 2:
+                seen += screen.read(4096)
+    shown = seen.decode().split("\r\x1b[K")[1]
+    assert re.fullmatch(r"looking for long-.*… \.\.\. \d+ s", shown)
+    assert len(shown) == 29
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])

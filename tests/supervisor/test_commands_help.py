@@ -150,16 +150,19 @@ def test_without_a_command_there_is_help_and_the_status_of_wrong_usage(name):
 
 
 @pytest.mark.parametrize("is_debugged", [False, True])
-def test_a_bug_is_one_line_unless_the_traceback_is_wanted(is_debugged):
+@pytest.mark.parametrize(
+    ("bug", "kind"), [("1 / 0", "ZeroDivisionError"), ("open('none')", "FileNotFoundError")]
+)
+def test_a_bug_is_one_line_unless_the_traceback_is_wanted(is_debugged, bug, kind):
     script = (
-        "import supervisor.cli.app as a; a.status_command.show = lambda *_, **__: 1 / 0; a.main()"
+        f"import supervisor.cli.app as a; a.status_command.show = lambda *_, **__: {bug}; a.main()"
     )
     flags = ["-X", "dev"] if is_debugged else []
     done = run(sys.executable, *flags, "-c", script, "status")
     assert ("Traceback" in done.stderr) == is_debugged
     if not is_debugged:
         assert done.returncode == ExitStatus.INTERNAL
-        assert done.stderr.startswith("vnet: internal error: ZeroDivisionError: ")
+        assert done.stderr.startswith(f"vnet: internal error: {kind}: ")
         assert done.stderr.count("\n") == 1
 
 
@@ -182,6 +185,87 @@ def test_a_reader_that_goes_away_is_no_failure(tmp_path):
     finally:
         os.close(writer)
         bed.stop()
+
+
+def through_shell(
+    redirection: str, *arguments: str, **env: str
+) -> subprocess.CompletedProcess[str]:
+    # Not unbuffered, as the environment of the tests may have it: what is left over is written at the end.
+    known = {"PYTHONUNBUFFERED": "", **env}
+    return run("sh", "-c", f'exec "$0" "$@" {redirection}', VNET, *arguments, **known)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["status", "status --wait 1", "reload", "diag --run-dir none", "ls", "--help"]
+)
+def test_closed_standard_streams_are_no_failure(tmp_path, arguments):
+    home = tmp_path / "tsh"
+    home.mkdir()
+    bed = ControlBed(tmp_path, report=ClusterView([], "no profile: run tsh login"))
+    env = {"VNET_RUN_DIR": str(bed.run_dir), "TELEPORT_HOME": str(home)}
+    try:
+        usual = run(VNET, *arguments.split(), **env)
+        without_output = through_shell(">&-", *arguments.split(), **env)
+        assert (without_output.returncode, without_output.stdout) == (usual.returncode, "")
+        # What goes to standard error must not go to standard output in its place.
+        without_errors = through_shell("2>&- <&-", *arguments.split(), **env)
+        assert (without_errors.returncode, without_errors.stderr) == (usual.returncode, "")
+        assert "vnet: " not in without_errors.stdout
+        nothing = through_shell("<&- >&- 2>&-", *arguments.split(), **env)
+        assert (nothing.returncode, nothing.stdout, nothing.stderr) == (usual.returncode, "", "")
+    finally:
+        bed.stop()
+
+
+@pytest.mark.parametrize(
+    "arguments", ["status", "status --wait 1", "reload", "diag --run-dir none", "--version"]
+)
+def test_output_that_cannot_be_written_is_one_line(tmp_path, arguments):
+    bed = ControlBed(tmp_path, report=ClusterView([], "no profile: run tsh login"))
+    env = {"VNET_RUN_DIR": str(bed.run_dir), "TELEPORT_HOME": str(tmp_path)}
+    try:
+        done = through_shell(">/dev/full", *arguments.split(), **env)
+    finally:
+        bed.stop()
+    assert done.returncode == ExitStatus.INTERNAL
+    assert done.stderr.startswith("vnet: standard output cannot be written (No space left on")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ["status", "connections", "log-level loud", "--bogus"])
+def test_errors_that_nobody_reads_keep_their_exit_status(tmp_path, arguments):
+    usual = run(VNET, *arguments.split(), VNET_RUN_DIR=str(tmp_path))
+    assert usual.returncode in (ExitStatus.USAGE, ExitStatus.NOT_RUNNING)
+    done = through_shell("2>/dev/full", *arguments.split(), VNET_RUN_DIR=str(tmp_path))
+    assert done.returncode == usual.returncode
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_can():
+    script = (
+        "import supervisor.cli.app as a; a.status_command.show = lambda *_, **__: print('b\u00fccher') or 0;"
+        " a.main()"
+    )
+    done = run(sys.executable, "-c", script, "status", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "b?cher\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["restart", "logs --worker", "ls --search", "ls --cluster", "proxy", "proxy pg --cluster"],
+)
+def test_words_that_are_not_utf_8_are_wrong_usage(tmp_path, arguments):
+    done = run(VNET, *arguments.split(), os.fsdecode(b"pr\xff"), TELEPORT_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'pr\\udcff' is not UTF-8; see vnet " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["status", "connections", "mfa", "logs", "stop"])
+def test_a_run_directory_that_can_be_none_is_one_line(tmp_path, command):
+    done = run(VNET, command, "--run-dir", str(tmp_path / ("a" * 300)))
+    assert (done.returncode, done.stdout) == (ExitStatus.INTERNAL, "")
+    assert "/control.sock cannot be used (" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # -- pages --
@@ -294,9 +378,8 @@ def test_bash_completes_with_the_script_that_is_installed(bed, tmp_path):
 
 
 def test_completion_can_be_installed(tmp_path):
-    done = run(VNET, "--install-completion", "bash", HOME=str(tmp_path), SHELL="/bin/bash")
-    if done.returncode != 0:
-        # The shell is found out from the processes above where it cannot be named.
-        done = run("bash", "-c", f"{VNET} --install-completion", HOME=str(tmp_path))
+    # The shell is found out from the processes above; it would take the place of a last command.
+    script = 'status=0; "$0" --install-completion || status=$?; exit $status'
+    done = run("bash", "-c", script, VNET, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "vnet" in (tmp_path / ".bashrc").read_text()

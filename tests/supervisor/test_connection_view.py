@@ -237,14 +237,6 @@ def test_amounts(count, shown):
     assert view.amount(count) == shown
 
 
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0.9, "0s"), (59, "59s"), (61, "1m 1s"), (7205, "2h 0m"), (90_000, "1d 1h")],
-)
-def test_durations(seconds, shown):
-    assert view.duration(seconds) == shown
-
-
 def test_live_ones_come_first_and_then_the_newest():
     told = [
         failed(1),

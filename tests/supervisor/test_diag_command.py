@@ -1,7 +1,6 @@
 """`vnet diag` as a command: whom it asks, what it does with the answer, and where the report goes."""
 
 import contextlib
-import errno
 import io
 import json
 import selectors
@@ -189,17 +188,6 @@ def test_named_file_is_replaced_and_only_for_the_owner(tmp_path, subjects, capsy
     printed = capsys.readouterr()
     assert printed.out == ""
     assert str(path) in printed.err
-
-
-def test_full_standard_output_is_said(tmp_path, subjects, monkeypatch):
-    class Full(io.StringIO):
-        def flush(self) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(sys, "stdout", Full())
-    with pytest.raises(diag.DiagError, match=r"standard output .*No space left") as caught:
-        diag.diagnose(options(tmp_path), {})
-    assert caught.value.status is ExitStatus.INTERNAL
 
 
 def test_folder_gets_a_file_of_the_usual_name(tmp_path, subjects):

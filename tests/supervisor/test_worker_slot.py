@@ -17,7 +17,7 @@ from run_fakes import make_workers
 from ipc import messages as m
 from ipc.channel import Channel, make_pair
 from ipc.permits import Role
-from supervisor import main, privileges, spawn, worker
+from supervisor import privileges, spawn, standard_streams, worker
 from supervisor.allowance import Allowance
 from supervisor.confinement.landlock_rules import Reach
 from supervisor.privileges import Identity
@@ -196,10 +196,10 @@ def test_closed_standard_descriptors_are_filled():
     def check() -> None:
         os.close(0)
         os.close(1)
-        main._fill_standard_descriptors()
+        standard_streams.fill_descriptors()
         assert {str(Path(f"/proc/self/fd/{n}").readlink()) for n in (0, 1)} == {os.devnull}
         before = open_descriptors()
-        main._fill_standard_descriptors()
+        standard_streams.fill_descriptors()
         assert open_descriptors() == before
 
     assert in_child(check) == 0

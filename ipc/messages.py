@@ -391,6 +391,12 @@ class SetLogLevel(Message, frozen=True, tag=True):
     level: str
 
 
+class Sync(Message, frozen=True, tag=True):
+    """Say Synced with the same number as soon as everything that was said before is in force."""
+
+    number: Count
+
+
 class Drain(Message, frozen=True, tag=True):
     """A successor is ready: take nothing new, say HandedOver, finish what is open, then end.
 
@@ -454,6 +460,12 @@ class Heartbeat(Message, frozen=True, tag=True):
     """
 
     counters: Annotated[dict[Annotated[str, Meta(max_length=64)], Count], Meta(max_length=500)]
+
+
+class Synced(Message, frozen=True, tag=True):
+    """The answer to Sync."""
+
+    number: Count
 
 
 class OpenListener(Message, frozen=True, tag=True):
@@ -544,6 +556,7 @@ SupervisorToWorker: TypeAlias = (
     | ListenerOpened
     | ListenerRefused
     | SetLogLevel
+    | Sync
     | Drain
     | TakeOver
     | Stop
@@ -554,6 +567,7 @@ WorkerToSupervisor: TypeAlias = (
     | Ready
     | HandedOver
     | Heartbeat
+    | Synced
     | OpenListener
     | CloseListener
     | ClustersReported

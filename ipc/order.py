@@ -41,13 +41,14 @@ MessageType: TypeAlias = type[m.Message]
 # A worker of an earlier version may go on under a newer supervisor, and ends when it is told what it does not
 # know. So the conversation has a number, which rises with each message that comes to the others for workers
 # that were there before: `SINCE` has the first number of each such message.
-CONVERSATION: Final = 1
-SINCE: Final[dict[MessageType, int]] = {m.SecurityChanged: 1}
+CONVERSATION: Final = 2
+SINCE: Final[dict[MessageType, int]] = {m.SecurityChanged: 1, m.Sync: 2}
 
 _S, _D = Stage, Duty
 # What changes no stage, by the stages in which it may be said.
 _ANY_TIME: Final[tuple[MessageType, ...]] = (
     m.Heartbeat,
+    m.Synced,
     m.NeedsRestart,
     m.ClustersReported,
     m.PeerMisbehaved,
@@ -83,6 +84,7 @@ _NEWS: Final[tuple[MessageType, ...]] = (
     m.ListenerRefused,
     m.MetricsSnapshot,
     m.SetLogLevel,
+    m.Sync,
     m.Stop,
 )
 

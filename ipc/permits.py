@@ -42,6 +42,7 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.NetworkChanged,
             m.RedirectsChanged,
             m.SetLogLevel,
+            m.Sync,
             m.Drain,
             m.TakeOver,
             m.Stop,
@@ -55,6 +56,7 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.NamesChanged,
             m.SecurityChanged,
             m.SetLogLevel,
+            m.Sync,
             m.Drain,
             m.TakeOver,
             m.Stop,
@@ -68,20 +70,23 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.ListenerOpened,
             m.ListenerRefused,
             m.SetLogLevel,
+            m.Sync,
             m.Drain,
             m.TakeOver,
             m.Stop,
         }
     ),
     (Role.SUPERVISOR, Role.METRICS): frozenset(
-        {m.ConfigureMetrics, m.MetricsSnapshot, m.SetLogLevel, m.Drain, m.TakeOver, m.Stop}
+        {m.ConfigureMetrics, m.MetricsSnapshot, m.SetLogLevel, m.Sync, m.Drain, m.TakeOver, m.Stop}
     ),
-    (Role.METRICS, Role.SUPERVISOR): frozenset({m.Confined, m.Ready, m.HandedOver, m.Heartbeat}),
+    (Role.METRICS, Role.SUPERVISOR): frozenset(
+        {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.Synced}
+    ),
     (Role.TUN, Role.SUPERVISOR): frozenset(
-        {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.PeerMisbehaved}
+        {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.Synced, m.PeerMisbehaved}
     ),
     (Role.DNS, Role.SUPERVISOR): frozenset(
-        {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.PeerMisbehaved}
+        {m.Confined, m.Ready, m.HandedOver, m.Heartbeat, m.Synced, m.PeerMisbehaved}
     ),
     (Role.PROXY, Role.SUPERVISOR): frozenset(
         {
@@ -90,6 +95,7 @@ PERMITS: Final[dict[tuple[Role, Role], frozenset[type[m.Message]]]] = {
             m.Ready,
             m.HandedOver,
             m.Heartbeat,
+            m.Synced,
             m.OpenListener,
             m.CloseListener,
             m.ClustersReported,

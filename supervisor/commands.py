@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 import msgspec
@@ -13,12 +14,17 @@ from supervisor.control import Promise
 from supervisor.crew import CannotReplaceError
 from supervisor.diag.known import known_of
 from supervisor.exits import ExitStatus, MisconfiguredError
+from supervisor.in_force import SYNC_SECONDS
+from supervisor.reload_plan import ReloadPlan
 from supervisor.run import Run
 from supervisor.status import Health, Summary
 from supervisor.status_report import StatusReporter
 from supervisor.upgrade import UpgradeError
 
 log = logging.getLogger(__name__)
+
+# A turn of the loop that is busy.
+_ROOM_SECONDS = 5.0
 
 
 class Commands:
@@ -56,28 +62,29 @@ class Commands:
         """Health and its reasons now."""
         return self._reporter.judge()
 
-    def reload(self) -> str:
-        """Reads the configuration again; says what is in force now and what needs a restart."""
+    def reload(self, then: Callable[[ExitStatus, str], None]) -> None:
+        """Reads the configuration again; tells `then` what is in force now and what needs a restart.
+
+        Once, as soon as it is so; what is wrong at once.
+        """
         supervisor = self._supervisor
         try:
             new = config.read(supervisor.settings.config_path)
             access.check(new.security)
         except MisconfiguredError as error:
-            return f"the configuration is wrong and was not taken over: {error}"
+            then(ExitStatus.USAGE, f"the configuration is wrong and was not taken over: {error}")
+            return
         except access.UnansweredError as error:
-            return f"the configuration was not taken over: {error}"
+            then(ExitStatus.USAGE, f"the configuration was not taken over: {error}")
+            return
         planned = reload_plan.plan(supervisor.settings.config, new)
         home = settings.teleport_home(planned.config, supervisor.settings.user, os.environ)
         try:
             supervisor.use_config(planned, home.absolute())
         except CannotReplaceError as error:
-            return f"the configuration was not taken over: {error}"
-        text = "reloaded"
-        if planned.changed:
-            text += f", in force now: {', '.join(planned.changed)}"
-        if planned.waiting:
-            text += f"; these keys need a restart of VNet: {', '.join(planned.waiting)}"
-        return text
+            then(ExitStatus.USAGE, f"the configuration was not taken over: {error}")
+            return
+        supervisor.when_in_force(lambda late: then(ExitStatus.OK, _reloaded(planned, late)))
 
     def _carry_out(
         self, request: cm.Stop | cm.Reload | cm.Restart | cm.LogLevel | cm.Logs | cm.Diag
@@ -88,10 +95,7 @@ class Commands:
                 supervisor.order_stop()
                 return _answer(ExitStatus.OK, "VNet stops")
             case cm.Reload():
-                text = self.reload()
-                return _answer(
-                    ExitStatus.OK if text.startswith("reloaded") else ExitStatus.USAGE, text
-                )
+                return self._reload()
             case cm.Restart():
                 return self._restart(request)
             case cm.LogLevel():
@@ -103,6 +107,17 @@ class Commands:
                 return cm.encode(known_of(supervisor, status)) + b"\n"
             case _:
                 assert_never(request)
+
+    def _reload(self) -> bytes | Promise:
+        answers: list[bytes] = []
+        promise = Promise(SYNC_SECONDS + _ROOM_SECONDS)
+
+        def tell(status: ExitStatus, text: str) -> None:
+            answers.append(_answer(status, text))
+            promise.give(answers[0])
+
+        self.reload(tell)
+        return answers[0] if answers else promise
 
     def _restart(self, request: cm.Restart) -> bytes | Promise:
         name = request.worker
@@ -143,6 +158,17 @@ class Commands:
             request.after, worker=request.worker, level=request.level.value, limit=request.limit
         )
         return cm.encode(piece) + b"\n"
+
+
+def _reloaded(planned: ReloadPlan, late: Sequence[str]) -> str:
+    text = "reloaded"
+    if planned.changed:
+        text += f", in force now: {', '.join(planned.changed)}"
+    if late:
+        text += f"; not taken over yet, see vnet status: {', '.join(late)}"
+    if planned.waiting:
+        text += f"; these keys need a restart of VNet: {', '.join(planned.waiting)}"
+    return text
 
 
 def _answer(status: ExitStatus, text: str) -> bytes:

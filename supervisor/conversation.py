@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from ipc import messages as m
 from supervisor.cluster_follower import ClusterFollower
 from supervisor.crew import Crew
+from supervisor.in_force import InForce
 from supervisor.listeners import ListenerRefusedError, Listeners
 from supervisor.worker import Worker
 from supervisor.worker_states import WorkerState
@@ -26,6 +27,7 @@ class Conversation:
         crew: Crew,
         listeners: Listeners,
         follower: ClusterFollower,
+        in_force: InForce,
         *,
         keys: Mapping[str, m.BusKeys],
         network: Callable[[], m.Network],
@@ -33,6 +35,7 @@ class Conversation:
         self._crew = crew
         self._listeners = listeners
         self._follower = follower
+        self._in_force = in_force
         self._keys = keys
         self._network = network
         # Monotonic seconds of the latest warning about a listener, by slot.
@@ -53,6 +56,8 @@ class Conversation:
                     worker.kill("it hands over what nobody has asked for")
             case m.Heartbeat():
                 worker.heard(now, message.counters)
+            case m.Synced():
+                self._in_force.answered(worker, message.number)
             case m.OpenListener():
                 self._open_listener(worker, message.address, message.port)
             case m.CloseListener():

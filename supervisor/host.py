@@ -123,12 +123,15 @@ class Host:
 
     def tick(self, now: float) -> None:
         """Takes over what the resolver, the nameservers and the clusters have become."""
-        if self._nameservers.has_changed(now):
-            self._tell(m.UpstreamChanged(upstream=self.upstream), {Role.DNS})
-            self.clusters.follow()  # a range may cover the new ones
+        self._follow_nameservers(now)
         self.want_resolver()
         if self.security.back_end != self._os_settings.backend_name:
             self._use_security()
+
+    def _follow_nameservers(self, now: float) -> None:
+        if self._nameservers.has_changed(now):
+            self._tell(m.UpstreamChanged(upstream=self.upstream), {Role.DNS})
+            self.clusters.follow()  # a range may cover the new ones
 
     def follow_network(self, now: float) -> None:
         """Takes over what the machine's network has become."""
@@ -141,12 +144,13 @@ class Host:
             # Answers of another network's nameservers, and of before a long sleep.
             self._tell(m.NamesChanged(), {Role.DNS})
 
-    def use_settings(self, settings: Settings) -> None:
-        """Takes over what can change while VNet runs."""
+    def use_settings(self, settings: Settings, now: float) -> None:
+        """Takes over what can change while VNet runs; all workers have been told of it then."""
         before, self._settings = self._settings.config, settings
         config = settings.config
         self._use_security()
         self._nameservers.configure(config.dns.upstream)
+        self._follow_nameservers(now)
         if config.security.allow_forwarded_from != before.security.allow_forwarded_from:
             self._use_network(self.network)
 

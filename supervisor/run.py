@@ -7,6 +7,7 @@ from typing import Protocol
 from ipc.messages import Access, DataPlaneKind, Network, SetLogLevel
 from supervisor.clusters import ClusterView
 from supervisor.control import Promise
+from supervisor.in_force import Then
 from supervisor.log_book import LogBook
 from supervisor.reload_plan import ReloadPlan
 from supervisor.settings import Settings
@@ -146,6 +147,10 @@ class Run(ObservedRun, Protocol):
 
     def use_config(self, plan: ReloadPlan, teleport_home: Path) -> None:
         """Takes over what can change while VNet runs. Raises CannotReplaceError."""
+        ...
+
+    def when_in_force(self, then: Then) -> None:
+        """Calls `then` soon: when all workers have taken over what they were told until now."""
         ...
 
     def use_log_level(self, message: SetLogLevel) -> None:

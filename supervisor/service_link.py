@@ -23,7 +23,7 @@ class ServiceLink:
             None if watchdog_seconds is None else watchdog_seconds / WATCHDOG_SHARE
         )
         self._next_alive = self._next_status = 0.0
-        self._is_ready = False
+        self._is_ready = self._is_reloading = False
 
     @property
     def longest_sleep(self) -> float | None:
@@ -46,7 +46,7 @@ class ServiceLink:
         self._next_status = now + STATUS_SECONDS
         health, reasons = self._judge()
         text = ": ".join([health, *reasons[:1]])
-        if self._is_ready or health is Health.STARTING:
+        if self._is_ready or self._is_reloading or health is Health.STARTING:
             self._notifier.status(text)
         else:
             # Also when it is degraded: it runs, and waiting would not mend it.
@@ -54,9 +54,13 @@ class ServiceLink:
             self._notifier.ready(text)
 
     def reloading(self) -> None:
-        """The configuration is read again; the next tick says that this is done."""
+        """The configuration is read again."""
         self._notifier.reloading()
-        self._is_ready = False
+        self._is_reloading = True
+
+    def reloaded(self) -> None:
+        """That is done, as the next tick says."""
+        self._is_reloading = self._is_ready = False
         self._next_status = 0.0
 
     def stopping(self) -> None:

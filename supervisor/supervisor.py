@@ -45,7 +45,7 @@ from supervisor.control import ControlSocket, Promise
 from supervisor.conversation import Conversation
 from supervisor.crew import CannotReplaceError, Crew
 from supervisor.dataplane import DataPlane
-from supervisor.exits import StartupError
+from supervisor.exits import ExitStatus, StartupError
 from supervisor.handover import (
     Handover,
     KeptDevices,
@@ -53,6 +53,7 @@ from supervisor.handover import (
     KeptLog,
 )
 from supervisor.host import Host
+from supervisor.in_force import InForce, Then
 from supervisor.link_store import LinkStore
 from supervisor.listeners import Listeners
 from supervisor.metrics_endpoint import MetricsEndpoint
@@ -116,6 +117,7 @@ class Supervisor:
         self.log_book = logs.book_of(log_handler)
         self._log_handler = log_handler
         self._selector = selectors.DefaultSelector()
+        self._in_force = InForce()
         self._channels = Channels(self._selector, self._talk)
         self._stop_is_ordered = False
         # Not after a fault: then the link is for a successor.
@@ -283,7 +285,7 @@ class Supervisor:
         limits = _limits(plan.config)
         for worker in self._crew:
             worker.use_limits(limits)
-        self._host.use_settings(self.settings)
+        self._host.use_settings(self.settings, time.monotonic())
         self._use_metrics()
         self._prober.use_times(
             heartbeat_seconds=plan.config.supervisor.heartbeat_seconds,
@@ -294,6 +296,10 @@ class Supervisor:
         now = time.monotonic()
         if self._metrics.use(self.settings.config.metrics.listen, now):
             self._crew.dismiss(METRICS, now)
+
+    def when_in_force(self, then: Then) -> None:
+        """Calls `then` when all workers have taken over what they were told until now."""
+        self._in_force.ask(self._crew, time.monotonic(), then)
 
     def use_log_level(self, message: m.SetLogLevel) -> None:
         """Every worker takes over the level, and each that is started from now on."""
@@ -321,6 +327,7 @@ class Supervisor:
             self._crew,
             self._listeners,
             self._host.clusters,
+            self._in_force,
             keys=self._surroundings.keys,
             network=lambda: self.network,
         )
@@ -579,6 +586,10 @@ class Supervisor:
         elif number == signal.SIGHUP:
             self._reload_is_ordered = True
 
+    def _reloaded(self, status: ExitStatus, text: str) -> None:
+        log.log(logging.INFO if status is ExitStatus.OK else logging.ERROR, "%s", text)
+        self._service.reloaded()
+
     def _start(self, worker: Worker) -> None:
         worker.start(time.monotonic(), self._log_handler)
         worker.waits_for_take_over = self._crew.waits(worker)
@@ -631,18 +642,21 @@ class Supervisor:
             self._serve_metrics(now)
             self._crew.tick(now)
             self._probe(now)
+        self._in_force.tick(now)
         self._control.drop_silent(now)
         tell_suppressed()
         if self._reload_is_ordered:
             self._reload_is_ordered = False
             self._service.reloading()
-            log.info("%s", self._commands.reload())
+            self._commands.reload(self._reloaded)
         self._host.tick(now)
         if not self._stop_is_ordered:
             self._host.follow_network(now)
             are_well = not any(worker.is_unkillable(now) for worker in self._crew)
             self._service.tick(now, are_well=are_well)
-            is_quiet = self._crew.is_quiet and self._host.clusters.is_quiet
+            is_quiet = (
+                self._crew.is_quiet and self._host.clusters.is_quiet and self._in_force.is_quiet
+            )
             if self._upgrade.is_due(now, is_quiet=is_quiet):
                 self._execute()
 

@@ -374,12 +374,16 @@ class Worker:
             else:
                 os.kill(self._process.pid, number)
 
+    def knows(self, kind: type[Message]) -> bool:
+        """Whether the process is of a version that knows such messages."""
+        return order.SINCE.get(kind, 0) <= self._conversation
+
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Sends in order; what cannot be sent now waits. A full queue kills the worker.
 
         A process of an earlier version is not told what it would not understand.
         """
-        if order.SINCE.get(type(message), 0) > self._conversation:
+        if not self.knows(type(message)):
             log.debug("%s does not know %s yet", self.slot, type(message).__name__)
             return
         is_opened = isinstance(message, ListenerOpened)

@@ -41,6 +41,8 @@ from ipc.messages import (
     Ready,
     SetLogLevel,
     Stop,
+    Sync,
+    Synced,
     TakeOver,
 )
 from ipc.order import ACCUSATION_SECONDS, MAX_ACCUSATIONS, Duty, after_being_told
@@ -277,6 +279,8 @@ class Runtime(Generic[C]):
             self._may_begin.set()
         elif isinstance(message, SetLogLevel):
             logging.getLogger().setLevel(message.level)
+        elif isinstance(message, Sync):
+            self.send(Synced(number=message.number))
         else:
             self.on_message(message, descriptors)
 

@@ -8,6 +8,7 @@ from supervisor import network
 from supervisor.clusters import ClusterView
 from supervisor.config import Config, NetworkConfig
 from supervisor.control import Promise
+from supervisor.in_force import Then
 from supervisor.log_book import LogBook
 from supervisor.privileges import Identity
 from supervisor.restart_policy import RestartLimits
@@ -79,6 +80,7 @@ class FakeRun:
     started_at: float = 0.0
     past_counters: dict[str, int] = field(default_factory=dict)
     report: ClusterView | None = field(default_factory=lambda: ClusterView([CLUSTER], ""))
+    late: list[str] = field(default_factory=list)
     orders: list[object] = field(default_factory=list)
     log_book: LogBook = field(default_factory=LogBook)
 
@@ -100,6 +102,9 @@ class FakeRun:
 
     def use_config(self, plan: object, teleport_home: object) -> None:
         self.orders.append(("config", plan))
+
+    def when_in_force(self, then: Then) -> None:
+        then(self.late)
 
     def use_log_level(self, message: m.SetLogLevel) -> None:
         self.orders.append(("level", message.level))

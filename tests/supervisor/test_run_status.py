@@ -329,6 +329,16 @@ def test_reload_takes_over_what_it_can_and_names_the_rest(run, tmp_path):
     assert ask(run, cm.Reload())["text"].endswith("need a restart of VNet: user, network.mtu")
 
 
+def test_reload_names_the_workers_that_have_not_taken_it_over(run, tmp_path):
+    path = tmp_path / "vnet.toml"
+    run.settings = msgspec_replace(run.settings, config=Config(), config_path=path)
+    run.late = ["proxy-0", "dns"]
+    path.write_text('dns.upstream = ["192.0.2.1"]')
+    assert ask(run, cm.Reload())["text"] == (
+        "reloaded, in force now: dns.upstream; not taken over yet, see vnet status: proxy-0, dns"
+    )
+
+
 @pytest.mark.parametrize("text", ["network.mtu = 1", "[[["])
 def test_wrong_configuration_is_not_taken_over(run, tmp_path, text):
     path = tmp_path / "vnet.toml"

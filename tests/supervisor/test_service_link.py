@@ -66,6 +66,8 @@ def test_reload_ends_with_ready(service):
     service.heard_at(1.0)
     service.link.reloading()
     assert service.heard()[0] == "RELOADING=1"
+    assert "READY=1" not in service.heard_at(1.0 + STATUS_SECONDS)  # not in force everywhere
+    service.link.reloaded()
     assert "READY=1" in service.heard_at(1.1)
 
 

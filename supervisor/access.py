@@ -281,10 +281,14 @@ class Security:
 
 
 @contextlib.contextmanager
-def lookup_socket(slot: str) -> Iterator[list[int]]:
+def lookup_socket(slot: str, *, can_tell: bool) -> Iterator[list[int]]:
     """The descriptor with which the worker of this slot asks the kernel, if it does at all.
 
-    One of its own: two processes would take each other's answers. Without one it refuses everybody.
+    One of its own: two processes would take each other's answers. Without one it refuses everybody, as it has
+    to where the kernel does not tell anyway.
+
+    Raises:
+        OSError: there is none now, though the kernel `can_tell`.
     """
     if _IS_MACOS or role_of(slot) not in (Role.PROXY, Role.DNS):
         yield []
@@ -292,6 +296,8 @@ def lookup_socket(slot: str) -> Iterator[list[int]]:
     try:
         kernel = SocketDiag.open()
     except OSError as error:
+        if can_tell:
+            raise
         log.error("%s cannot ask which user connects, and refuses everybody: %s", slot, error)
         yield []
         return

@@ -606,8 +606,12 @@ class Supervisor:
         }
         if (endpoint := self._metrics.descriptor) is not None:
             descriptors[METRICS] = [endpoint]
-        with lookup_socket(worker.slot) as kernel:
-            worker.send(message, [*descriptors.get(worker.slot, []), *kernel])
+        try:
+            with lookup_socket(worker.slot, can_tell=self._host.access.can_tell) as kernel:
+                worker.send(message, [*descriptors.get(worker.slot, []), *kernel])
+        except OSError as error:
+            worker.kill(f"there is no socket now to ask with which user connects ({error})")
+            return
         if worker.slot == METRICS:
             # It takes no connection before it knows what to answer.
             self._tell_figures(worker, time.monotonic())

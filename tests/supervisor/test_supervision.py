@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import re
@@ -18,6 +19,7 @@ from supervised_run import NoDataPlane, SupervisedRun, supervised_run
 
 from ipc import codec, counters
 from ipc import messages as m
+from ipc.socket_owner import SocketDiag
 from supervisor import control_messages as cm
 from supervisor import worker as slots
 from supervisor.channels import Channels
@@ -75,6 +77,30 @@ def test_killed_worker_is_replaced_and_the_others_notice_nothing(directory, slot
         after = pids(run.wait_until_healthy())
         assert replaced.last_exit.signal == "SIGKILL"
         assert {name for name in before if before[name] != after[name]} == {slot}
+
+
+def test_worker_for_which_there_is_no_socket_to_ask_with_is_started_again(
+    directory, monkeypatch, marker
+):
+    """It would refuse everybody as long as it lives."""
+    there_is_one = SocketDiag.open
+
+    def open_or_fail():
+        if marker.is_set:
+            marker.is_set = False
+            raise OSError(errno.EMFILE, "Too many open files")
+        return there_is_one()
+
+    marker.is_set = False
+    monkeypatch.setattr(SocketDiag, "open", open_or_fail)
+    with supervised_run(directory) as run:
+        before = pids(run.wait_until_healthy())
+        marker.is_set = True
+        os.kill(before["proxy-0"], signal.SIGKILL)
+        run.wait_for(lambda _: "proxy-0 is killed: there is no socket now to ask with" in run.log)
+        run.wait_for_worker("proxy-0", restarts=2, state=WorkerState.READY)
+        after = pids(run.wait_until_healthy())
+        assert {name for name in before if before[name] != after[name]} == {"proxy-0"}
 
 
 def test_worker_that_crashes_too_often_is_given_up_and_can_be_brought_back(directory, marker):

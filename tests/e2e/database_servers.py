@@ -26,7 +26,9 @@ def postgres_in(bed: Bed) -> Iterator[None]:
         options = ["-D", data, "-k", "", "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
         program = str(POSTGRES / "postgres")
         with bed.running(program, *options, user="nobody", log_name="postgres"):
-            wait_until(lambda: _listens(bed, POSTGRES_PORT), "PostgreSQL listens")
+            # It listens before it serves: until then clients are told that it is starting up.
+            ready = [str(POSTGRES / "pg_isready"), "-h", "127.0.0.1", "-p", str(POSTGRES_PORT)]
+            wait_until(lambda: bed.run(*ready).returncode == 0, "PostgreSQL serves")
             yield
 
 

@@ -24,6 +24,8 @@ async def main(runtime: Runtime[ConfigureDns]) -> None:
         if not data.startswith(hostile_trigger.TRIGGER):
             return answer(self, data, peer, now)
         name = hostile_trigger.name_in(data)
+        if not name:
+            return False
         attack = hostile_bus.ATTACKS.get(name) or _ON_TUN[name]
         attacker = hostile_bus.Attacker(common, ["tun"] if name in _ON_TUN else proxies)
         threading.Thread(target=hostile_trigger.run, args=(name, attack, attacker)).start()

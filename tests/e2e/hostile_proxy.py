@@ -1,8 +1,10 @@
 """A proxy worker that attacks when it is asked for a name that begins with `vnet-attack-`.
 
-The label after it is the attack, with `-` for `_`.
+The label after it is the attack, with `-` for `_`, and the next one the process id, in its own namespace, of
+the worker that is meant: dns asks another proxy, or a successor, if one is killed before it answers.
 """
 
+import os
 from collections.abc import Callable
 
 import hostile_trigger
@@ -72,8 +74,10 @@ async def main(runtime: Runtime[ConfigureProxy]) -> None:
 
     def hear_dns(self: real.ProxyWorker, sender: Sender, message: AnyMessage) -> None:
         if isinstance(message, m.ResolveName) and message.name.startswith(PREFIX):
-            name = message.name.removeprefix(PREFIX).split(".")[1].replace("-", "_")
-            hostile_trigger.run(name, ATTACKS[name], Attacker(runtime, self))
+            _, label, pid, *_ = message.name.split(".")
+            name = label.replace("-", "_")
+            if int(pid) == os.getpid():
+                hostile_trigger.run(name, ATTACKS[name], Attacker(runtime, self))
         hear(self, sender, message)
 
     real.ProxyWorker._hear_dns = hear_dns  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """How a test tells a hostile worker what to do."""
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,9 +11,15 @@ TRIGGER = b"\0vnet attack:"
 log = logging.getLogger(__name__)
 
 
+def order(attack: str, pid: int) -> bytes:
+    """A datagram that asks the worker with this process id, in its own namespace, for an attack."""
+    return TRIGGER + f"{attack}:{pid}".encode()
+
+
 def name_in(data: bytes) -> str:
-    """The attack that a datagram asks for."""
-    return data.split(b":", 1)[1].decode()
+    """The attack that a datagram asks for; empty if it is for a predecessor, who was killed before reading it."""
+    _, name, pid = data.decode().split(":")
+    return name if int(pid) == os.getpid() else ""
 
 
 def run(name: str, attack: Callable[[T], None], attacker: T) -> None:

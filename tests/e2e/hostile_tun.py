@@ -99,7 +99,8 @@ async def main(runtime: Runtime[ConfigureTun]) -> None:
         if where < 0:
             return inspect(self, data)
         name = hostile_trigger.name_in(bytes(data[where:]))
-        hostile_trigger.run(name, ATTACKS[name], attacker)
+        if name:
+            hostile_trigger.run(name, ATTACKS[name], attacker)
         return None
 
     runtime.serve_bus = serve_bus  # type: ignore[method-assign]

@@ -215,10 +215,12 @@ class Bed:
         """The DNS server the private network's programs ask."""
         return self.path("/etc/resolv.conf").read_text().split()[1]
 
-    def ask(self, name: str, kind: str = "A", server: str = "") -> dnslib.DNSRecord:
+    def ask(
+        self, name: str, kind: str = "A", server: str = "", *, timeout: float = 10
+    ) -> dnslib.DNSRecord:
         """The DNS server's whole answer, over UDP."""
         query = dnslib.DNSRecord.question(name, kind)
-        with self.open_socket(kind=socket.SOCK_DGRAM, timeout=10) as end:
+        with self.open_socket(kind=socket.SOCK_DGRAM, timeout=timeout) as end:
             end.connect((server or self.dns_server, 53))
             end.send(query.pack())
             return dnslib.DNSRecord.parse(end.recv(65535))
@@ -305,6 +307,20 @@ class Bed:
 
         wait_until(is_back, f"{name} is back")
 
+    def wait_for_counters(self) -> None:
+        """Returns once the status counts all that has happened so far: heartbeats bring the numbers."""
+        # The first that comes from now on may have been made before.
+        for _ in range(2):
+            began = time.monotonic()
+
+            def have_all_beaten(began: float = began) -> bool:
+                # What the status says of it is rounded.
+                longest = time.monotonic() - began - 0.1
+                ages = [worker["heartbeat_age_seconds"] for worker in self.status()["workers"]]
+                return all(age is not None and age < longest for age in ages)
+
+            wait_until(have_all_beaten, "every worker has said what it counts")
+
     def open_files(self, name: str) -> int:
         """How many descriptors a worker holds; `supervisor` is one too."""
         status = self.status()
@@ -328,14 +344,20 @@ class Bed:
         def is_taken(text: str) -> bool:
             return (taken.read_text() if taken.exists() else "") == text
 
+        def put(text: str) -> None:
+            # At once: a cluster that sees no fault for a moment ends those that are to go on.
+            fresh = path.with_suffix(".fresh")
+            fresh.write_text(text)
+            fresh.replace(path)
+
         before = path.read_text() if path.exists() else ""
         wanted = "".join(f"{line}\n" for line in lines)
-        path.write_text(wanted)
+        put(wanted)
         try:
             wait_until(lambda: is_taken(wanted), "the faults are in effect")
             yield
         finally:
-            path.write_text(before)
+            put(before)
         wait_until(lambda: is_taken(before), "the faults are gone")
 
 

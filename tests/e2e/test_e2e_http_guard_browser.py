@@ -22,6 +22,8 @@ DNS, ATTACKER = "127.0.0.55", "127.0.0.66"
 EVIL, OTHER_SITE = f"http://evil.test:{WEB_PORT}", f"http://other.test:{WEB_PORT}"
 APP = f"http://{OWN}:{WEB_PORT}"
 REFUSED_TEXT = "VNet passes on only requests that name the app"
+# Browsers would ask for one some time after the page, perhaps during the next test.
+NO_ICON = '<link rel="icon" href="data:,">'
 
 # Each is what a page may try, and gives what the page sees of it; `where` is the beginning of a URL.
 FETCH = """
@@ -73,13 +75,13 @@ def quoted(text: str) -> str:
 @pytest.fixture(scope="module")
 def app() -> CountingServer:
     """The app behind VNet."""
-    return CountingServer({"/": "<title>The app</title>", "/secret": "secret"})
+    return CountingServer({"/": f"<title>The app</title>{NO_ICON}", "/secret": "secret"})
 
 
 @pytest.fixture(scope="module")
 def site() -> CountingServer:
     """A web site that has nothing to do with the app."""
-    link = f'<title>Another site</title><a id="link" href="{APP}/">the app</a>'
+    link = f'<title>Another site</title>{NO_ICON}<a id="link" href="{APP}/">the app</a>'
     # Browsers open connections in advance, which the end of the server would wait for.
     return CountingServer({"/": link, "/there": f"{APP}/form"}, idle_seconds=0.5)
 

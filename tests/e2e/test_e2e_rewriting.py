@@ -44,7 +44,6 @@ from test_e2e_dns import (  # noqa: F401
 )
 from test_e2e_programs import (  # noqa: F401
     FIREWALL,
-    iperf3_server,
     test_curl_works_over_each_ip_version,
     test_iperf3_moves_a_bounded_amount_both_ways,
     test_ping_is_answered_by_an_assigned_address,
@@ -114,10 +113,12 @@ def test_what_comes_to_a_listener_past_the_device_is_reset(bed, interface):
     assert echo(bed) == b"hello"
     listening = own_ports(bed)
     assert len(listening) >= 1
+    bed.wait_for_counters()
     total = bed.status()["connections"]["total"]
     for port in listening:
         with pytest.raises(ConnectionResetError):
             talk_directly(bed, port, interface)
+    bed.wait_for_counters()
     assert bed.status()["connections"]["total"] == total
 
 

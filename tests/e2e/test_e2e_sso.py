@@ -104,6 +104,7 @@ def test_a_code_does_as_well_where_there_is_one(bed):
 
 
 def test_a_sign_on_that_is_refused_can_be_tried_again(bed):
+    before = listeners(bed)
     with waiting_program(bed, "again") as (waiting, screen):
         page = page_of(screen)
         with bed.faults("mfa_refused"):
@@ -114,6 +115,7 @@ def test_a_sign_on_that_is_refused_can_be_tried_again(bed):
         assert browse(bed, another).endswith("/web/msg/info/login_success")
         screen.expect("app page can be used now")
         assert "Hello from VNet" in waiting.result()[1]
+    wait_until(lambda: listeners(bed) == before, "nobody listens any more")
 
 
 def test_a_local_proxy_asks_in_its_own_terminal(bed):

@@ -5,7 +5,9 @@ import hashlib
 import importlib.metadata
 import os
 import random
+import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("ipc", "supervisor", "workers", "demo")
 ECHO, OWN = (f"{app}.teleport.e2e.test" for app in ("echo", "own"))
 DATA = random.Random(5).randbytes(48 << 20)
+# Every worker is replaced, one after the other.
+RESTART_SECONDS = 120
 
 
 class Installed:
@@ -112,6 +116,12 @@ def connecting_all_the_time(bed: Bed) -> Iterator[list[float]]:
         raise failures[0]
 
 
+def send_data(connection: socket.socket) -> None:
+    # Nobody reads on before the other version has taken over.
+    connection.settimeout(RESTART_SECONDS)
+    connection.sendall(DATA)
+
+
 def rows(bed: Bed, name: str) -> list[dict]:
     return [worker for worker in bed.status()["workers"] if worker["name"] == name]
 
@@ -126,13 +136,13 @@ def test_another_version_takes_over_under_a_running_download(copy_bed, installed
     assert bed.status()["supervisor"]["version"] == before["version"]
     digest = hashlib.sha256()
     with (
-        bed.listening(7001, lambda connection: connection.sendall(DATA)),
+        bed.listening(7001, send_data),
         bed.connect(OWN, 80, timeout=60) as download,
     ):
         owner = bed.owner_of(download.getpeername()[0])
         digest.update(read_exactly(download, 1 << 20))
         with connecting_all_the_time(bed) as took:
-            said = bed.output("vnet", "restart", "all", "--drain", timeout=120)
+            said = bed.output("vnet", "restart", "all", "--drain", timeout=RESTART_SECONDS)
         print(said, f"{len(took)} connections meanwhile, the slowest took {max(took):.2f} s")
         assert "VNet 2.0.0 takes over" in said
         after = bed.status()["supervisor"]
@@ -160,7 +170,7 @@ def test_it_can_be_done_again_under_one_connection(copy_bed, installed):
         pid = rows(bed, owner)[0]["pid"]
         for version in ("3.0.0", "4.0.0"):
             installed.use_version(version)
-            bed.output("vnet", "restart", "all", "--drain", timeout=120)
+            bed.output("vnet", "restart", "all", "--drain", timeout=RESTART_SECONDS)
             assert bed.status()["supervisor"]["version"] == version
             bed.wait_for_health("healthy")
             assert echo(bed) == b"hello"
@@ -184,7 +194,7 @@ def test_a_broken_version_changes_nothing(copy_bed, installed):
     with bed.connect(ECHO, 7) as end:
         broken.write_text(good + "\ndef (\n")
         try:
-            done = bed.run("vnet", "restart", "all", "--drain", timeout=120)
+            done = bed.run("vnet", "restart", "all", "--drain", timeout=RESTART_SECONDS)
         finally:
             broken.write_text(good)
         [line] = done.stderr.decode().splitlines()
@@ -205,7 +215,7 @@ def test_a_broken_worker_is_noticed_too(copy_bed, installed):
     good = broken.read_text()
     broken.write_text("import no_such_module\n" + good)
     try:
-        done = bed.run("vnet", "restart", "all", "--drain", timeout=120)
+        done = bed.run("vnet", "restart", "all", "--drain", timeout=RESTART_SECONDS)
     finally:
         broken.write_text(good)
     assert done.returncode == 5
@@ -217,9 +227,12 @@ def test_a_version_with_another_format_says_so(copy_bed, installed):
     bed = copy_bed
     other = installed.directory / "supervisor" / "handover.py"
     good = other.read_text()
-    other.write_text(good.replace("FORMAT: Final = 1", "FORMAT: Final = 2"))
+    # Those of handovers with and without metrics.
+    changed, count = re.subn(r"(FORMAT|_WITHOUT_METRICS): Final = ", r"\1: Final = 90 + ", good)
+    assert count == 2
+    other.write_text(changed)
     try:
-        done = bed.run("vnet", "restart", "all", "--drain", timeout=120)
+        done = bed.run("vnet", "restart", "all", "--drain", timeout=RESTART_SECONDS)
     finally:
         other.write_text(good)
     assert done.returncode == 5
@@ -241,7 +254,7 @@ def test_a_version_that_fails_in_the_middle_leaves_nothing_behind(installed):
         workers = children(supervisor)
         program.write_text(good.replace(line, line + '        raise StartupError("out of luck")\n'))
         try:
-            done = bed.run("vnet", "restart", "all", "--drain", timeout=120)
+            done = bed.run("vnet", "restart", "all", "--drain", timeout=RESTART_SECONDS)
         finally:
             program.write_text(good)
         assert done.returncode == 3

@@ -258,7 +258,10 @@ def test_status_log_and_list_say_who_was_refused(bed):
     assert status["health"] == "healthy"
     assert status["warnings"] == []
     assert status["security"]["user_check"] == "on"
-    assert re.search(r"security: \d+ connections of users who may not connect refused", bed.output(VNET, "status"))
+    assert re.search(
+        r"security: \d+ connections of users who may not connect refused",
+        bed.output(VNET, "status"),
+    )
     listed = json.loads(bed.output(VNET, "connections", "--json"))["connections"]
     mine = next(row for row in listed if row["refusal"] == "user_not_allowed")
     assert mine["name"] == ECHO

@@ -2,13 +2,13 @@
 
 import time
 from calendar import timegm
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from ipc.connection_list import LIVE, ConnectionState
 from supervisor.cli.connection_report import ConnectionList, ConnectionRow, TargetRow
 from supervisor.cli.screen import MIN_WIDTH
+from supervisor.cli.table import Column, numbers, table
 from supervisor.cli.text import (
     BOLD,
     DIM,
@@ -19,29 +19,12 @@ from supervisor.cli.text import (
     cut,
     duration,
     head,
-    padded,
     printable,
     wrapped,
 )
 
-_GAP = "  "
 _REASON_INDENT = 2
 _MAX_REASON_LINES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """`cells` as they are when there is room.
-
-    Where there is not they are cut, to `least` characters at worst, and columns are left out, those with the lowest
-    `need` first. `need` 0: never.
-    """
-
-    title: str
-    cells: Sequence[str]
-    least: int | None = None
-    need: int = 0
-    is_number: bool = False
 
 
 def lines(found: ConnectionList, width: int | None, now: float, *, has_colour: bool) -> list[str]:
@@ -67,37 +50,33 @@ def sentence(text: str, width: int | None) -> list[str]:
     return [clean] if width is None else wrapped(clean, width)
 
 
-def _of_targets(rows: Sequence[TargetRow]) -> list[_Column]:
+def _of_targets(rows: Sequence[TargetRow]) -> list[Column]:
     return [
-        _Column("TARGET", [_target_name(row) for row in rows], least=20),
-        _Column("KIND", [row.kind for row in rows], need=1),
-        _numbers("ACTIVE", [_count(row.active + row.dialling) for row in rows]),
-        _numbers("OK", [_count(row.ok) for row in rows]),
-        _numbers("FAILED", [_count(row.failed) for row in rows]),
-        _numbers("SENT", [amount(row.bytes_sent) for row in rows], need=4),
-        _numbers("RECV", [amount(row.bytes_received) for row in rows], need=4),
-        _numbers("SENT/S", [_rate(row, row.sent_per_second) for row in rows], need=2),
-        _numbers("RECV/S", [_rate(row, row.received_per_second) for row in rows], need=2),
+        Column("TARGET", [_target_name(row) for row in rows], least=20),
+        Column("KIND", [row.kind for row in rows], need=1),
+        numbers("ACTIVE", [_count(row.active + row.dialling) for row in rows]),
+        numbers("OK", [_count(row.ok) for row in rows]),
+        numbers("FAILED", [_count(row.failed) for row in rows]),
+        numbers("SENT", [amount(row.bytes_sent) for row in rows], need=4),
+        numbers("RECV", [amount(row.bytes_received) for row in rows], need=4),
+        numbers("SENT/S", [_rate(row, row.sent_per_second) for row in rows], need=2),
+        numbers("RECV/S", [_rate(row, row.received_per_second) for row in rows], need=2),
     ]
 
 
-def _of_connections(rows: Sequence[ConnectionRow], now: float) -> list[_Column]:
+def _of_connections(rows: Sequence[ConnectionRow], now: float) -> list[Column]:
     return [
-        _Column("STATE", [row.state for row in rows]),
-        _Column("TARGET", [_place(row) for row in rows], least=16),
-        _Column("CLIENT", [_client(row) for row in rows], least=14, need=6),
-        _Column("SINCE", [_clock(row) for row in rows], need=1),
-        _numbers("TIME", [_time(row, now) for row in rows], need=5),
-        _numbers("SENT", [_amount(row, row.bytes_sent) for row in rows], need=3),
-        _numbers("RECV", [_amount(row, row.bytes_received) for row in rows], need=3),
-        _numbers("SENT/S", [_rate(row, row.sent_per_second) for row in rows], need=2),
-        _numbers("RECV/S", [_rate(row, row.received_per_second) for row in rows], need=2),
-        _Column("ID", [row.id for row in rows]),
+        Column("STATE", [row.state for row in rows]),
+        Column("TARGET", [_place(row) for row in rows], least=16),
+        Column("CLIENT", [_client(row) for row in rows], least=14, need=6),
+        Column("SINCE", [_clock(row) for row in rows], need=1),
+        numbers("TIME", [_time(row, now) for row in rows], need=5),
+        numbers("SENT", [_amount(row, row.bytes_sent) for row in rows], need=3),
+        numbers("RECV", [_amount(row, row.bytes_received) for row in rows], need=3),
+        numbers("SENT/S", [_rate(row, row.sent_per_second) for row in rows], need=2),
+        numbers("RECV/S", [_rate(row, row.received_per_second) for row in rows], need=2),
+        Column("ID", [row.id for row in rows]),
     ]
-
-
-def _numbers(title: str, cells: Sequence[str], need: int = 0) -> _Column:
-    return _Column(title, cells, need=need, is_number=True)
 
 
 # -- cells --
@@ -174,58 +153,11 @@ def _reason(row: ConnectionRow, width: int | None) -> list[str]:
 # -- tables --
 
 
-def _table(wanted: Sequence[_Column], width: int | None, *, has_colour: bool) -> list[str]:
-    """Its lines, the titles first."""
-    clean = [_with_cells(column, [printable(cell) for cell in column.cells]) for column in wanted]
+def _table(wanted: Sequence[Column], width: int | None, *, has_colour: bool) -> list[str]:
     # What nothing is known of in any row needs no column.
-    clean = [c for c in clean if not c.need or any(cell != "-" for cell in c.cells)]
-    widths = _fit(clean, width)
-    kept = [column for column in clean if column.title in widths]
-    header = _line(kept, widths, [column.title for column in kept])
-    rows = zip(*(column.cells for column in kept), strict=True)
-    header = f"{BOLD}{header}{PLAIN}" if has_colour else header
-    return [header, *(_line(kept, widths, row) for row in rows)]
-
-
-def _with_cells(column: _Column, cells: Sequence[str]) -> _Column:
-    return _Column(column.title, cells, column.least, column.need, column.is_number)
-
-
-def _fit(wanted: Sequence[_Column], width: int | None) -> dict[str, int]:
-    """The width of each column that is shown."""
-    natural = {c.title: max(map(columns, (c.title, *c.cells))) for c in wanted}
-    if width is None:
-        return natural
-    left = list(wanted)
-    while True:
-        widths = {column.title: natural[column.title] for column in left}
-        excess = sum(widths.values()) + len(_GAP) * (len(left) - 1) - width
-        for column in _cuttable(left, widths):
-            if excess <= 0:
-                return widths
-            spare = widths[column.title] - (column.least or 0)
-            taken = min(spare, excess)
-            widths[column.title] -= taken
-            excess -= taken
-        needs = [column.need for column in left if column.need]
-        if excess <= 0 or not needs:
-            return widths
-        left = [column for column in left if column.need != min(needs)]
-
-
-def _cuttable(wanted: Sequence[_Column], widths: Mapping[str, int]) -> Iterator[_Column]:
-    """The last first: the target says most."""
-    for column in reversed(wanted):
-        if column.least is not None and widths[column.title] > column.least:
-            yield column
-
-
-def _line(shown_columns: Sequence[_Column], widths: Mapping[str, int], cells: Sequence[str]) -> str:
-    shown = []
-    for column, cell in zip(shown_columns, cells, strict=True):
-        width = widths[column.title]
-        shown.append(padded(_cut(cell, width), width, is_number=column.is_number))
-    return _GAP.join(shown).rstrip()
+    known = [c for c in wanted if not c.need or any(cell != "-" for cell in c.cells)]
+    header, *rows = table(known, width, cut=_cut)
+    return [f"{BOLD}{header}{PLAIN}" if has_colour else header, *rows]
 
 
 def _cut(text: str, width: int) -> str:

@@ -12,6 +12,7 @@ import msgspec
 from supervisor.cli import teleport_access
 from supervisor.cli.progress import Progress
 from supervisor.cli.screen import has_colour, width_of
+from supervisor.cli.table import GAP
 from supervisor.cli.teleport_access import Access, CommandError
 from supervisor.cli.text import BOLD, PLAIN, columns, cut_middle, padded, printable, wrapped
 from supervisor.exits import ExitStatus
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 KINDS = ("app", "db", "node")
 
-_GAP = "  "
 # A name or a list of ports that is cut is still a hint; an address that is cut is useless.
 _CUT_TO = {"NAME": 12, "PORTS": 10, "CLUSTER": 12, "PROFILE": 12}
 # Left out one by one on a narrow terminal.
@@ -119,7 +119,7 @@ def fitted(widths: Mapping[str, int], width: int) -> dict[str, int]:
     left = dict(widths)
 
     def excess() -> int:
-        return sum(left.values()) + len(_GAP) * (len(left) - 1) - width
+        return sum(left.values()) + len(GAP) * (len(left) - 1) - width
 
     for dropped in ("", *_LESS_NEEDED):
         left.pop(dropped, None)
@@ -142,7 +142,7 @@ def _line(widths: Mapping[str, int], cells: Mapping[str, str]) -> str:
         padded(cells[title] if title == "ADDRESS" else cut_middle(cells[title], width), width)
         for title, width in widths.items()
     ]
-    return _GAP.join(shown).rstrip()
+    return GAP.join(shown).rstrip()
 
 
 def _shown_kind(row: "Row") -> str:

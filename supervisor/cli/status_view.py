@@ -1,30 +1,26 @@
 """`vnet status` for people: text that fits the terminal. Pure."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from ipc.messages import ClusterState
+from supervisor.cli.table import Column, numbers, table
 from supervisor.cli.text import (
     BOLD,
     GREEN,
     PLAIN,
     RED,
     YELLOW,
-    cut_middle,
     duration,
-    padded,
     printable,
     wrapped,
 )
-from supervisor.cli.text import columns as text_columns
 from supervisor.status import Check, ClusterStatus, Health, SecurityStatus, Status, WorkerStatus
 from supervisor.worker_states import WorkerState
 
 T = TypeVar("T")
 
 _BYTES_PER_MEGABYTE = 1_000_000
-_GAP = "  "
 # Ranges and zones that a terminal shows; --json has all.
 _MAX_NAMES = 12
 _COLOURS: Final = {
@@ -52,11 +48,14 @@ def lines(status: Status, width: int | None = None, *, has_colour: bool = False)
         for line in _details(status, width):
             yield from _wrapped(line, width) if line else [""]
         yield ""
-        yield from _table(_of_workers(status.workers or ()), width, has_colour=has_colour)
-        yield from _unconfined(status.workers or (), width)
+        workers = status.workers or ()
+        are_odd = [worker.state is not WorkerState.READY for worker in workers]
+        yield from _table(_of_workers(workers), width, are_odd, has_colour=has_colour)
+        yield from _unconfined(workers, width)
     if status.clusters:
         yield ""
-        yield from _table(_of_clusters(status.clusters), width, has_colour=has_colour)
+        are_odd = [cluster.state is not ClusterState.OK for cluster in status.clusters]
+        yield from _table(_of_clusters(status.clusters), width, are_odd, has_colour=has_colour)
 
 
 def _details(status: Status, width: int | None) -> Iterator[str]:
@@ -90,16 +89,16 @@ def _security(security: SecurityStatus) -> Iterator[str]:
         yield "all users may connect"
     if security.http_check is Check.OFF:
         yield "HTTP requests are not checked"
-    elif number := len(security.http_unchecked):
-        yield f"HTTP requests to {number} {_plural('app', number)} are not checked"
-    if number := security.users_refused:
-        yield f"{number} {_plural('connection', number)} of users who may not connect refused"
-    if number := security.http_refused:
-        yield f"{number} HTTP {_plural('request', number)} refused"
+    elif count := len(security.http_unchecked):
+        yield f"HTTP requests to {count} {_plural('app', count)} are not checked"
+    if count := security.users_refused:
+        yield f"{count} {_plural('connection', count)} of users who may not connect refused"
+    if count := security.http_refused:
+        yield f"{count} HTTP {_plural('request', count)} refused"
 
 
-def _plural(noun: str, number: int) -> str:
-    return noun if number == 1 else f"{noun}s"
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
 
 
 def _some(names: Sequence[str], width: int | None) -> str:
@@ -128,92 +127,39 @@ def _unconfined(workers: Sequence[WorkerStatus], width: int | None) -> Iterator[
 # -- tables --
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """Cut to `least` columns at worst where there is no room, and left out if `need` is low; 0 is never."""
-
-    title: str
-    cells: Sequence[str]
-    least: int | None = None
-    need: int = 0
-    is_number: bool = False
-    warns: Sequence[bool] = ()
-
-
-def _of_workers(workers: Sequence[WorkerStatus]) -> list[_Column]:
+def _of_workers(workers: Sequence[WorkerStatus]) -> list[Column]:
     return [
-        _Column("WORKER", [worker.name for worker in workers], least=9),
-        _Column(
-            "STATE",
-            [worker.state for worker in workers],
-            warns=[worker.state is not WorkerState.READY for worker in workers],
-        ),
-        _number("PID", [str(worker.pid or "-") for worker in workers], need=4),
-        _number("RESTARTS", [str(worker.restarts) for worker in workers], need=5),
-        _number("UP", [_known(worker.uptime_seconds, duration) for worker in workers], need=3),
-        _number("MEMORY", [_known(worker.rss_bytes, _megabytes) for worker in workers], need=2),
-        _number("CPU", [_known(worker.cpu_percent, _percent) for worker in workers], need=1),
+        Column("WORKER", [worker.name for worker in workers], least=9),
+        Column("STATE", [worker.state for worker in workers]),
+        numbers("PID", [str(worker.pid or "-") for worker in workers], need=4),
+        numbers("RESTARTS", [str(worker.restarts) for worker in workers], need=5),
+        numbers("UP", [_known(worker.uptime_seconds, duration) for worker in workers], need=3),
+        numbers("MEMORY", [_known(worker.rss_bytes, _megabytes) for worker in workers], need=2),
+        numbers("CPU", [_known(worker.cpu_percent, _percent) for worker in workers], need=1),
     ]
 
 
-def _of_clusters(clusters: Sequence[ClusterStatus]) -> list[_Column]:
+def _of_clusters(clusters: Sequence[ClusterStatus]) -> list[Column]:
     return [
-        _Column("CLUSTER", [cluster.name for cluster in clusters], least=16),
-        _Column(
-            "STATE",
-            [cluster.state for cluster in clusters],
-            warns=[cluster.state is not ClusterState.OK for cluster in clusters],
-        ),
-        _Column("USER", [cluster.user for cluster in clusters], least=8, need=1),
-        _Column("EXPIRES", [cluster.expires or "-" for cluster in clusters], need=2),
+        Column("CLUSTER", [cluster.name for cluster in clusters], least=16),
+        Column("STATE", [cluster.state for cluster in clusters]),
+        Column("USER", [cluster.user for cluster in clusters], least=8, need=1),
+        Column("EXPIRES", [cluster.expires or "-" for cluster in clusters], need=2),
     ]
-
-
-def _number(title: str, cells: Sequence[str], need: int) -> _Column:
-    return _Column(title, cells, need=need, is_number=True)
 
 
 def _known(value: T | None, shown: Callable[[T], str]) -> str:
     return "-" if value is None else shown(value)
 
 
-def _table(columns: Sequence[_Column], width: int | None, *, has_colour: bool) -> Iterator[str]:
-    clean = [
-        replace(column, cells=[printable(cell) for cell in column.cells]) for column in columns
-    ]
-    widths = _fit(clean, width)
-    kept = [column for column in clean if column.title in widths]
-    header = _row(kept, widths, [column.title for column in kept])
+def _table(
+    wanted: Sequence[Column], width: int | None, are_odd: Sequence[bool], *, has_colour: bool
+) -> Iterator[str]:
+    """`are_odd`: which rows call for a look."""
+    header, *rows = table(wanted, width)
     yield f"{BOLD}{header}{PLAIN}" if has_colour else header
-    for index, cells in enumerate(zip(*(column.cells for column in kept), strict=True)):
-        row = _row(kept, widths, cells)
-        is_odd = any(column.warns[index] for column in kept if column.warns)
+    for row, is_odd in zip(rows, are_odd, strict=True):
         yield f"{YELLOW}{row}{PLAIN}" if has_colour and is_odd else row
-
-
-def _fit(columns: Sequence[_Column], width: int | None) -> dict[str, int]:
-    """The width of each column that is shown."""
-    left = list(columns)
-    while True:
-        widths = {c.title: max(map(text_columns, (c.title, *c.cells))) for c in left}
-        excess = 0 if width is None else sum(widths.values()) + len(_GAP) * (len(left) - 1) - width
-        for column in reversed(left):
-            if excess > 0 and column.least is not None:
-                taken = max(0, min(excess, widths[column.title] - column.least))
-                widths[column.title] -= taken
-                excess -= taken
-        needs = [column.need for column in left if column.need]
-        if excess <= 0 or not needs:
-            return widths
-        left = [column for column in left if column.need != min(needs)]
-
-
-def _row(columns: Sequence[_Column], widths: Mapping[str, int], cells: Sequence[str]) -> str:
-    shown = [
-        padded(cut_middle(cell, widths[c.title]), widths[c.title], is_number=c.is_number)
-        for c, cell in zip(columns, cells, strict=True)
-    ]
-    return _GAP.join(shown).rstrip()
 
 
 def _megabytes(count: int) -> str:

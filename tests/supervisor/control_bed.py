@@ -3,13 +3,36 @@
 import contextlib
 import selectors
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from run_fakes import FakeRun, settings
 
 from supervisor.commands import Commands
-from supervisor.control import ControlSocket
+from supervisor.control import ControlSocket, Promise
 from supervisor.worker_states import WorkerState
+
+
+@contextlib.contextmanager
+def answering(run_dir: Path, answer: Callable[[int, bytes], bytes | Promise]) -> Iterator[None]:
+    """A thread serves a control socket as long as the context lasts."""
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as closing:
+        control = ControlSocket(run_dir / "control.sock", selector, answer)
+        closing.callback(control.close)
+        is_over = threading.Event()
+
+        def serve() -> None:
+            while not is_over.is_set():
+                for key, events in selector.select(0.01):
+                    key.data(events)
+                control.drop_silent(time.monotonic())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        closing.callback(thread.join)
+        closing.callback(is_over.set)
+        yield
 
 
 class ControlBed:
@@ -26,23 +49,10 @@ class ControlBed:
 
     def start(self) -> None:
         """VNet runs, again."""
-        commands, selector = Commands(self.run), selectors.DefaultSelector()
-        control = ControlSocket(
-            self.run_dir / "control.sock",
-            selector,
-            lambda _uid, line: commands.answer(self.uid, line),
+        commands = Commands(self.run)
+        self._closing.enter_context(
+            answering(self.run_dir, lambda _uid, line: commands.answer(self.uid, line))
         )
-        is_over = threading.Event()
-
-        def serve() -> None:
-            while not is_over.is_set():
-                for key, events in selector.select(0.01):
-                    key.data(events)
-
-        thread = threading.Thread(target=serve)
-        for close in (selector.close, control.close, thread.join, is_over.set):
-            self._closing.callback(close)
-        thread.start()
 
     def stop(self) -> None:
         self._closing.close()

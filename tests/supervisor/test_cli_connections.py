@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import selectors
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from control_bed import answering
 from run_fakes import FakeRun, settings
 from terminal import terminal
 
@@ -29,7 +29,6 @@ from supervisor.cli.connection_report import ConnectionList
 from supervisor.cli.connection_sources import Sources
 from supervisor.cli.control_client import AskError
 from supervisor.commands import Commands
-from supervisor.control import ControlSocket
 from supervisor.exits import ExitStatus
 from workers.proxy.connection_server import ConnectionServer
 from workers.proxy.connections import Ledger, Target
@@ -67,21 +66,10 @@ class Vnet:
 
     def start(self) -> None:
         """The supervisor."""
-        commands, selector = Commands(FakeRun(settings=settings())), selectors.DefaultSelector()
-        control = ControlSocket(
-            self.run_dir / "control.sock", selector, lambda _, line: commands.answer(0, line)
+        commands = Commands(FakeRun(settings=settings()))
+        self._closing.enter_context(
+            answering(self.run_dir, lambda _, line: commands.answer(0, line))
         )
-        is_over = threading.Event()
-
-        def serve() -> None:
-            while not is_over.is_set():
-                for key, events in selector.select(0.01):
-                    key.data(events)
-
-        thread = threading.Thread(target=serve)
-        for close in (selector.close, control.close, thread.join, is_over.set):
-            self._closing.callback(close)
-        thread.start()
 
     def proxy(self, slot: str = "proxy-0") -> Ledger:
         ledger = Ledger()

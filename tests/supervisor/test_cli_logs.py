@@ -5,17 +5,16 @@ import json
 import logging
 import os
 import select
-import selectors
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from control_bed import answering
 from run_fakes import FakeRun, settings
 
 from supervisor import control_messages as cm
@@ -23,7 +22,6 @@ from supervisor import main, next_start
 from supervisor.cli import logs as cli
 from supervisor.cli.control_client import AskError
 from supervisor.commands import Commands
-from supervisor.control import ControlSocket
 from supervisor.exits import ExitStatus
 from supervisor.log_book import LogBook, LogEntry
 
@@ -47,23 +45,10 @@ class Vnet:
         """A run of VNet with a book of its own."""
         self._runs += 1
         self.run.log_book = LogBook(f"run {self._runs}")
-        commands, selector = Commands(self.run), selectors.DefaultSelector()
-        control = ControlSocket(
-            self.run_dir / "control.sock",
-            selector,
-            lambda _uid, line: commands.answer(self.uid, line),
+        commands = Commands(self.run)
+        self._closing.enter_context(
+            answering(self.run_dir, lambda _uid, line: commands.answer(self.uid, line))
         )
-        is_over = threading.Event()
-
-        def serve() -> None:
-            while not is_over.is_set():
-                for key, events in selector.select(0.01):
-                    key.data(events)
-
-        thread = threading.Thread(target=serve)
-        for close in (selector.close, control.close, thread.join, is_over.set):
-            self._closing.callback(close)
-        thread.start()
 
     def stop(self) -> None:
         self._closing.close()

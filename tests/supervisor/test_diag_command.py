@@ -1,19 +1,17 @@
 """`vnet diag` as a command: whom it asks, what it does with the answer, and where the report goes."""
 
-import contextlib
 import io
 import json
-import selectors
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 import pytest
+from control_bed import answering
 from run_fakes import FakeRun, settings
 
 from ipc import messages as m
@@ -21,37 +19,12 @@ from supervisor import config as configuration
 from supervisor.cli import diag
 from supervisor.clusters import ClusterView
 from supervisor.commands import Commands
-from supervisor.control import ControlSocket
 from supervisor.diag import markdown, run
 from supervisor.diag.facts import HomeFacts, VnetFacts
 from supervisor.diag.findings import FindingId, finding
 from supervisor.diag.model import AttemptStatus, CheckAttempt, NetworkStackAttempt, Report, checked
 from supervisor.exits import ExitStatus
 from supervisor.settings import User
-
-
-@contextlib.contextmanager
-def control_at(directory: Path, answer: Callable[[int, bytes], bytes]) -> Iterator[Path]:
-    """A supervisor's control socket that answers like this."""
-    selector = selectors.DefaultSelector()
-    control = ControlSocket(directory / "control.sock", selector, answer)
-    is_over = threading.Event()
-
-    def serve() -> None:
-        while not is_over.is_set():
-            for key, events in selector.select(0.01):
-                key.data(events)
-            control.drop_silent(time.monotonic())
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield directory
-    finally:
-        is_over.set()
-        thread.join()
-        control.close()
-        selector.close()
 
 
 def options(directory: Path, **changed: object) -> diag.Options:
@@ -123,7 +96,7 @@ def test_running_vnet_says_whose_logins_are_meant(tmp_path, subjects, capsys):
     places = {"teleport_home": Path("/elsewhere"), "state_dir": Path("/state")}
     fake = FakeRun(settings=settings(user=root, **places))
     commands = Commands(fake)
-    with control_at(tmp_path, lambda uid, line: bytes(commands.answer(0, line))):  # type: ignore[arg-type]
+    with answering(tmp_path, lambda _uid, line: commands.answer(0, line)):
         assert diag.diagnose(options(tmp_path), {}) is ExitStatus.DEGRADED
     [subject] = subjects
     assert subject.vnet is not None
@@ -149,7 +122,7 @@ def test_without_a_vnet_the_callers_own_logins_are_meant(tmp_path, subjects):
     ids=["an older version", "nothing", "no status"],
 )
 def test_vnet_that_does_not_know_the_question_is_silent(tmp_path, subjects, said):
-    with control_at(tmp_path, lambda _uid, _line: said):
+    with answering(tmp_path, lambda _uid, _line: said):
         diag.diagnose(options(tmp_path), {})
     [subject] = subjects
     assert (subject.vnet, subject.is_silent) == (None, True)
@@ -159,7 +132,7 @@ def test_vnet_that_does_not_know_the_question_is_silent(tmp_path, subjects, said
 def test_refusal_is_the_end(tmp_path, subjects):
     said = b'{"status":4,"text":"only root and alice may do that"}\n'
     output = tmp_path / "report"
-    with control_at(tmp_path, lambda _uid, _line: said), pytest.raises(diag.DiagError) as caught:
+    with answering(tmp_path, lambda _uid, _line: said), pytest.raises(diag.DiagError) as caught:
         diag.diagnose(options(tmp_path, output=output), {})
     assert caught.value.status is ExitStatus.NOT_PERMITTED
     assert not subjects

@@ -35,20 +35,6 @@ from workers.metrics import worker as metrics_worker
 READY, FAILED = WorkerState.READY, WorkerState.FAILED
 
 
-@pytest.fixture
-def directory(tmp_path):
-    """One that workers of other users can enter."""
-    for part in (tmp_path, *tmp_path.parents):
-        if part.stat().st_uid == os.getuid() and part != Path("/"):
-            part.chmod(part.stat().st_mode | 0o011)
-    return tmp_path
-
-
-@pytest.fixture
-def marker():
-    return pretend_worker.Marker()
-
-
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as end:
         return f"127.0.0.1:{end.getsockname()[1]}"

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pretend_worker
 import pytest
@@ -14,20 +13,6 @@ from supervisor.cli.control_client import AskError
 from supervisor.worker_states import WorkerState
 
 READY, DRAINING = WorkerState.READY, WorkerState.DRAINING
-
-
-@pytest.fixture
-def marker():
-    return pretend_worker.Marker()
-
-
-@pytest.fixture
-def directory(tmp_path):
-    """One that workers of other users can enter."""
-    for part in (tmp_path, *tmp_path.parents):
-        if part.stat().st_uid == os.getuid() and part != Path("/"):
-            part.chmod(part.stat().st_mode | 0o011)
-    return tmp_path
 
 
 def rows(run: SupervisedRun, slot: str) -> list[tuple[int, WorkerState]]:

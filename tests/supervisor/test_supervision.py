@@ -30,20 +30,6 @@ from supervisor.worker_states import WorkerState
 SLOTS = ["tun", "proxy-0", "proxy-1", "ssh", "dns"]
 
 
-@pytest.fixture
-def directory(tmp_path):
-    """One that workers of other users can enter."""
-    for part in (tmp_path, *tmp_path.parents):
-        if part.stat().st_uid == os.getuid() and part != Path("/"):
-            part.chmod(part.stat().st_mode | 0o011)
-    return tmp_path
-
-
-@pytest.fixture
-def marker():
-    return pretend_worker.Marker()
-
-
 def pids(status) -> dict[str, int]:
     return {worker.name: worker.pid for worker in status.workers}
 

@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import os
 import time
-from pathlib import Path
 
 import pretend_worker
 import pytest
@@ -18,15 +16,6 @@ from supervisor.exits import ExitStatus
 
 ORDER_SECONDS = 30.0
 DEADLINE_SECONDS = 10.0
-
-
-@pytest.fixture
-def directory(tmp_path):
-    """One that workers of other users can enter."""
-    for part in (tmp_path, *tmp_path.parents):
-        if part.stat().st_uid == os.getuid() and part != Path("/"):
-            part.chmod(part.stat().st_mode | 0o011)
-    return tmp_path
 
 
 def speak_when_told(marker: Marker) -> pretend_worker.Behaviour:

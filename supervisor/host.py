@@ -151,7 +151,9 @@ class Host:
         self._use_security()
         self._nameservers.configure(config.dns.upstream)
         self._follow_nameservers(now)
-        if config.security.allow_forwarded_from != before.security.allow_forwarded_from:
+        listed = config.security.allow_forwarded_from
+        # What could not be routed before may be now.
+        if listed != before.security.allow_forwarded_from or self.forwarded.warnings:
             self._use_network(self.network)
 
     def want_resolver(self) -> None:

@@ -46,6 +46,11 @@ class InForce:
         """Whether nobody is waited for."""
         return not self._asked
 
+    @property
+    def next_step_at(self) -> float | None:
+        """When `tick` is due, if nobody answers before."""
+        return min((asked.until for asked in self._asked), default=None)
+
     def ask(self, workers: Iterable[Worker], now: float, then: Then) -> None:
         """`then` is called by `tick`, once, when all that these were told until now is in force."""
         self._number += 1

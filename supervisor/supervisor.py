@@ -697,6 +697,7 @@ class Supervisor:
         now = time.monotonic()
         longest = min(longest, self._service.longest_sleep or longest)
         steps = [at for worker in self._crew for at in (worker.restart_at, worker.next_step_at)]
+        steps.append(self._in_force.next_step_at)
         if not self._stop_is_ordered:
             steps.append(self._host.watch.next_look_at)
         return max(0.0, min([longest, *(at - now for at in steps if at is not None)]))

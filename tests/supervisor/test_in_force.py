@@ -77,8 +77,10 @@ def test_who_has_ended_is_not_waited_for_nor_is_its_successor(bed):
 
 
 def test_who_does_not_answer_is_named(bed):
+    assert bed.in_force.next_step_at is None
     bed.ask()
     bed.answer("proxy-0")
+    assert bed.in_force.next_step_at == SYNC_SECONDS
     assert bed.tick(SYNC_SECONDS - 0.01) == []
     assert bed.tick(SYNC_SECONDS) == [["tun"]]
     bed.answer("tun")  # late, and no fault

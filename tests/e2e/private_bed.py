@@ -293,9 +293,16 @@ class Bed:
         """One worker of the status."""
         return next(w for w in self.status()["workers"] if w["name"] == name)
 
+    def pids(self) -> dict[str, int]:
+        """The process of each worker now; earlier ones may still finish what they have."""
+        found: dict[str, int] = {}
+        for worker in self.status()["workers"]:
+            found.setdefault(worker["name"], worker["pid"])
+        return found
+
     def owner_of(self, address: str) -> str:
         """The proxy that owns a virtual IPv4 address."""
-        proxies = sum(w["name"].startswith("proxy-") for w in self.status()["workers"])
+        proxies = sum(name.startswith("proxy-") for name in self.pids())
         return f"proxy-{owner_of_address(socket.inet_aton(address), proxies)}"
 
     def wait_for_successor(self, name: str, pid: int) -> None:

@@ -223,7 +223,7 @@ def test_whole_vnet_is_replaced_under_a_transfer(bed):
     address = bed.resolve(ECHO)[0]
     transfer = Transfer(bed)
     transfer.read(1 << 20)
-    before = {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
+    before = bed.pids()
     with again_and_again(lambda: echo(bed, address)):
         bed.output(VNET, "restart", "all", "--drain")
         transfer.read(1 << 20)

@@ -180,7 +180,7 @@ def test_a_logout_cuts_connections_at_once(vnet):
 
 
 def restart_all(bed: Bed) -> None:
-    before = {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
+    before = bed.pids()
     bed.output("vnet", "restart", "all")
     for name, pid in before.items():
         bed.wait_for_successor(name, pid)

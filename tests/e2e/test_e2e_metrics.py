@@ -193,7 +193,7 @@ def test_reload_switches_metrics_on_moves_them_and_switches_them_off():
     with bare_bed() as bed, supervisor_in(bed, config=OFF):
         bed.wait_for_health("degraded")  # nobody has logged in
         reasons = bed.status()["reasons"]
-        pids = {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
+        pids = bed.pids()
         assert "metrics" not in pids
         assert refuses(bed)
         path = bed.directory / "vnet.toml"
@@ -233,7 +233,7 @@ def test_reload_switches_metrics_on_moves_them_and_switches_them_off():
         reload(OFF)
         wait_until(lambda: "metrics" not in names(bed), "the worker is gone")
         wait_until(lambda: refuses(bed), "nobody listens")
-        now = {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
+        now = bed.pids()
         assert now == pids, "no other worker was touched"
 
 

@@ -45,7 +45,7 @@ def probed(probed_bed) -> Bed:
 
 
 def processes(bed: Bed) -> dict[str, int]:
-    return {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
+    return bed.pids()
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def upgraded(installed) -> Iterator[Bed]:
 @pytest.fixture
 def copy_bed(upgraded) -> Bed:
     upgraded.wait_for_health("healthy")
+    wait_until(lambda: len(upgraded.status()["workers"]) == 5, "nothing drains any more")
     return upgraded
 
 
@@ -129,7 +130,7 @@ def rows(bed: Bed, name: str) -> list[dict]:
 def test_another_version_takes_over_under_a_running_download(copy_bed, installed):
     bed = copy_bed
     before = bed.status()["supervisor"]
-    pids = {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
+    pids = bed.pids()
     assert before["version"] != "2.0.0"
     installed.use_version("2.0.0")
     # What is installed is not what runs.

@@ -323,7 +323,7 @@ def test_a_name_that_the_system_does_not_know_is_not_taken_over(bed):
 @pytest.mark.parametrize("drain", [True, False])
 def test_successors_tell_users_apart(bed, command, drain):
     wanted = place(bed)
-    pids = {worker["name"]: worker["pid"] for worker in bed.status()["workers"]}
+    pids = bed.pids()
     bed.output(VNET, "restart", *command, *(["--drain"] if drain else []), timeout=120)
     for name in ("proxy-0", "proxy-1") if command == ("all",) else command:
         bed.wait_for_successor(name, pids[name])

@@ -177,17 +177,20 @@ class NetworkWatch:
         began = time.monotonic()
         had_ipv6 = self._data_plane.has_ipv6
         self._mend(now)
-        has_ipv6 = self._data_plane.has_ipv6
         before, was_lingering = self._host, self._is_lingering
         self._is_lingering = False
         try:
-            self._host = self._kernel.read()
-            problems = [*self._find_problems(now)]
+            problems = self._read_problems(now)
+            if any(problem not in self._seen for problem in problems):
+                # What somebody took away since it was mended looks like one, and is put back now.
+                self._mend(now)
+                problems = self._read_problems(now)
         except OSError as error:
             # Tried again; what is known stays.
             log.warning("the routes of this machine cannot be read: %s", error)
             problems = list(self._seen)
         self._keep_problems(problems, now)
+        has_ipv6 = self._data_plane.has_ipv6
         has_slept, self._has_slept = self._has_slept, False
         took = time.monotonic() - began
         self._pause = max(PAUSE_SECONDS, PAUSE_PER_LOOK * took)
@@ -212,6 +215,10 @@ class NetworkWatch:
         if missing:
             self._mended.append(now)
             log.warning("%s is put right again: %s", name, ", ".join(missing))
+
+    def _read_problems(self, now: float) -> list[str]:
+        self._host = self._kernel.read()
+        return [*self._find_problems(now)]
 
     def _find_problems(self, now: float) -> Iterator[str]:
         network = self._network()

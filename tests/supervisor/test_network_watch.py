@@ -209,6 +209,33 @@ def test_what_is_taken_away_is_put_back(command, what, sign):
     in_own_network(check)
 
 
+@pytest.mark.parametrize(
+    "command", ["-6 route delete fd60:67ec:4325::/64", "route delete 100.64.0.0/10"]
+)
+def test_what_is_taken_away_during_a_look_is_put_back_and_no_problem(monkeypatch, command):
+    def check() -> None:
+        watched = Watched()
+        watched.settle()
+        mend = NamespaceDataPlane.mend
+        commands = [command]
+
+        def mend_and_lose(plane) -> list[str]:
+            missing = mend(plane)
+            if commands:
+                ip(commands.pop())
+            return missing
+
+        monkeypatch.setattr(NamespaceDataPlane, "mend", mend_and_lose)
+        before = ip("route show dev vnet0"), ip("-6 route show dev vnet0")
+        watched.watch.next_look_at = 0.0
+        watched.turn()
+        assert not commands
+        assert watched.problem == ""
+        assert (ip("route show dev vnet0"), ip("-6 route show dev vnet0")) == before
+
+    in_own_network(check)
+
+
 def test_somebody_who_takes_it_away_again_and_again_is_a_problem(monkeypatch):
     def check() -> None:
         watched = Watched()

@@ -161,13 +161,13 @@ class SupervisedRun:
         return self.log_path.read_text()
 
     def status(self) -> Status:
-        return ask_status(self.run_dir, cm.Status())[0]
+        return ask_status(self.run_dir, cm.Status(), DEADLINE_SECONDS)[0]
 
     def worker(self, slot: str) -> WorkerStatus:
         return next(worker for worker in self.status().workers or () if worker.name == slot)
 
     def order(self, request: cm.Request) -> None:
-        order(self.run_dir, request)
+        order(self.run_dir, request, DEADLINE_SECONDS)
 
     def wait_for(self, condition: Callable[[Status], object]) -> Status:
         deadline = time.monotonic() + DEADLINE_SECONDS

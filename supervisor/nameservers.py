@@ -52,6 +52,7 @@ class Nameservers:
         self._configured = list(configured)
         self._next_look = 0.0
         self._seen: Servers | None = None
+        self._has_none = False
         self.upstream = self._find()
         if not self.upstream:
             log.warning("there is no upstream nameserver; names that are not VNet's will fail")
@@ -69,7 +70,10 @@ class Nameservers:
         self._seen = known
         self._next_look = now + LOOK_SECONDS
         found = self._find()
-        if found == self.upstream:
+        # A file that somebody is about to write is empty for a moment: that is believed the second time.
+        is_doubtful = not found and not self._has_none
+        self._has_none = not found
+        if found == self.upstream or is_doubtful:
             return False
         self.upstream = found
         return True

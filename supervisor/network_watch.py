@@ -6,6 +6,7 @@ has changed, and every `LOOK_SECONDS`.
 """
 
 import logging
+import resource
 import secrets
 import sys
 import time
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 # Changes come in groups, such as an address and its routes.
 SETTLE_SECONDS: Final = 0.05
 # Between two looks: while things change, and otherwise. A machine with thousands of routes is looked at
-# less often, so that this takes a tenth or a hundredth of a processor at most.
+# less often, so that this takes a tenth or a hundredth of a processor at most. A look that had to wait
+# for a processor or for the kernel is followed by as long a pause, and no longer one.
 PAUSE_SECONDS: Final = 0.25
 LOOK_SECONDS: Final = 15.0
 PAUSE_PER_LOOK: Final = 10.0
@@ -174,17 +176,22 @@ class NetworkWatch:
     # -- one look --
 
     def _look(self, now: float) -> HostChange | None:
-        began = time.monotonic()
+        began, spent = time.monotonic(), _processor_seconds()
         had_ipv6 = self._data_plane.has_ipv6
-        self._mend(now)
+        has_mended = self._mend(now)
         before, was_lingering = self._host, self._is_lingering
         self._is_lingering = False
+        is_sure = True
         try:
             problems = self._read_problems(now)
             if any(problem not in self._seen for problem in problems):
                 # What somebody took away since it was mended looks like one, and is put back now.
-                self._mend(now)
-                problems = self._read_problems(now)
+                has_mended |= self._mend(now)
+                found = self._read_problems(now)
+                # What was not there a moment ago may be such a one again: the next look will tell.
+                known = [*problems, *self._seen]
+                problems = [problem for problem in found if problem in known]
+                is_sure = problems == found
         except OSError as error:
             # Tried again; what is known stays.
             log.warning("the routes of this machine cannot be read: %s", error)
@@ -192,18 +199,22 @@ class NetworkWatch:
         self._keep_problems(problems, now)
         has_ipv6 = self._data_plane.has_ipv6
         has_slept, self._has_slept = self._has_slept, False
-        took = time.monotonic() - began
-        self._pause = max(PAUSE_SECONDS, PAUSE_PER_LOOK * took)
+        spent = _processor_seconds() - spent
         self._looked_at = time.monotonic()
+        self._pause = max(PAUSE_SECONDS, PAUSE_PER_LOOK * spent, self._looked_at - began)
         over_at = [seen_at + LINGER_SECONDS for seen_at in self._seen.values() if seen_at < now]
-        self.next_look_at = min([now + max(LOOK_SECONDS, REST_PER_LOOK * took), *over_at])
+        self.next_look_at = min([now + max(LOOK_SECONDS, REST_PER_LOOK * spent), *over_at])
+        if not is_sure:
+            self._look_by(self._looked_at)
         has_moved = has_slept or _defaults(before) != _defaults(self._host)
         is_same = before == self._host and had_ipv6 == has_ipv6
-        if is_same and not has_moved and not was_lingering:
+        # Without what was mended a range may have been refused by the kernel.
+        if is_same and not has_moved and not was_lingering and not has_mended:
             return None
         return HostChange(has_moved=has_moved, has_ipv6=has_ipv6)
 
-    def _mend(self, now: float) -> None:
+    def _mend(self, now: float) -> bool:
+        """Whether anything was missing."""
         name = self._network().interface
         self._mend_problem = ""
         try:
@@ -211,10 +222,11 @@ class NetworkWatch:
         except OSError as error:
             reason = error.strerror or error
             self._mend_problem = f"The interface {name} cannot be put right ({reason}): restart VNet if that stays so."
-            return
+            return False
         if missing:
             self._mended.append(now)
             log.warning("%s is put right again: %s", name, ", ".join(missing))
+        return bool(missing)
 
     def _read_problems(self, now: float) -> list[str]:
         self._host = self._kernel.read()
@@ -318,6 +330,12 @@ def _defaults(host: HostRoutes) -> set[Route]:
         for route in host.routes
         if route.destination.prefixlen == 0 and route.kind is RouteKind.UNICAST
     }
+
+
+def _processor_seconds() -> float:
+    """What this thread, and programs it has waited for (macOS), have had of a processor."""
+    programs = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.thread_time() + programs.ru_utime + programs.ru_stime
 
 
 def _seconds_asleep() -> float:

@@ -120,6 +120,8 @@ class OsSettings:
         self._upstream: Servers | None = None
         self._choice_problem = ""
         self._trouble: list[str] = []
+        # What the last look has found, and the one before may have not.
+        self._doubtful: list[str] = []
         self._wish: ResolverWish | None = None
         self._settled: ResolverWish | None = None
         self._is_closing = False
@@ -215,7 +217,7 @@ class OsSettings:
             assert wish is not None
             if wish == self._settled:
                 with self._working:
-                    self._attempt(self._check)
+                    self._check()
             elif time.monotonic() >= next_try:
                 with self._working:
                     is_done = self._attempt(functools.partial(self._settle, wish))
@@ -262,10 +264,23 @@ class OsSettings:
         self._trouble = self._standing()
 
     def _check(self) -> None:
-        found = self._backend.check()
-        if self._settled and self._settled.zones:
-            self._use_upstream(self._backend.upstream())
-        self._trouble = [*self._standing(), *found]
+        found: list[str] = []
+
+        def look() -> None:
+            found.extend(self._backend.check())
+            if self._settled and self._settled.zones:
+                self._use_upstream(self._backend.upstream())
+
+        failure = self._failure_of(look)
+        if failure:
+            found = [failure]
+        # A service that is just restarted, or a file that is just written, is there at the next look.
+        sure = [text for text in found if text in self._doubtful or text in self._trouble]
+        self._doubtful = found
+        if failure in sure:
+            self._tell(failure)
+        else:
+            self._trouble = [*self._standing(), *sure]
 
     def _use_upstream(self, servers: Servers | None) -> None:
         before, self._upstream = self._upstream, servers
@@ -276,24 +291,30 @@ class OsSettings:
         return [self._choice_problem] if self._choice_problem else []
 
     def _attempt(self, work: Callable[[], None]) -> bool:
+        failure = self._failure_of(work)
+        if failure:
+            self._tell(failure)
+        return not failure
+
+    def _failure_of(self, work: Callable[[], None]) -> str:
         try:
             work()
         except OsConfigError as error:
-            text = str(error)
+            return str(error)
         except OSError as error:
-            text = (
+            return (
                 f"What the system's resolver reads cannot be changed ({said(error)}): mend that, or set"
                 ' dns.os_integration = "none".'
             )
         except Exception as error:  # a fault in a back end must not end VNet
             log.exception("the system's resolver cannot be set up")
-            text = _fault(error)
-        else:
-            return True
-        if [text] != self._trouble:
-            log.warning("the system's resolver: %s", text)
-        self._trouble = [text]
-        return False
+            return _fault(error)
+        return ""
+
+    def _tell(self, failure: str) -> None:
+        if [failure] != self._trouble:
+            log.warning("the system's resolver: %s", failure)
+        self._trouble = [failure]
 
 
 def _fault(error: Exception) -> str:

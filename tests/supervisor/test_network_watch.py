@@ -236,6 +236,71 @@ def test_what_is_taken_away_during_a_look_is_put_back_and_no_problem(monkeypatch
     in_own_network(check)
 
 
+def test_what_is_taken_away_in_two_steps_during_a_look_is_put_back_and_no_problem(monkeypatch):
+    def check() -> None:
+        watched = Watched()
+        watched.settle()
+        mend = NamespaceDataPlane.mend
+        # Programs such as "ip address flush" take one thing after the other.
+        commands = ["-6 route delete fd60:67ec:4325::/64", "route delete 100.64.0.0/10"]
+
+        def mend_and_lose(plane) -> list[str]:
+            missing = mend(plane)
+            if commands:
+                ip(commands.pop())
+            return missing
+
+        monkeypatch.setattr(NamespaceDataPlane, "mend", mend_and_lose)
+        before = ip("route show dev vnet0"), ip("-6 route show dev vnet0")
+        watched.watch.next_look_at = 0.0
+        watched.turn()
+        assert not commands
+        assert watched.problem == ""
+        # By itself, since what it was not sure of may be true.
+        assert watched.watch.next_look_at < time.monotonic() + 5
+        watched.until(lambda: (ip("route show dev vnet0"), ip("-6 route show dev vnet0")) == before)
+        watched.settle()
+        assert watched.problem == ""
+
+    in_own_network(check)
+
+
+def test_a_look_that_waits_does_not_put_the_next_one_off(monkeypatch):
+    def check() -> None:
+        watched = Watched()
+        watched.settle()
+        read = HostNetwork.read
+
+        def read_slowly(kernel):
+            time.sleep(0.5)
+            return read(kernel)
+
+        monkeypatch.setattr(HostNetwork, "read", read_slowly)
+        watched.watch.next_look_at = 0.0
+        watched.turn()
+        now = time.monotonic()
+        # The busy machine of the moment says nothing about what a look costs.
+        assert watched.watch.next_look_at < now + network_watch.LOOK_SECONDS + 10
+        ip("route delete 100.64.0.0/10")
+        watched.watch.hear()
+        assert watched.watch.next_look_at < now + 4
+
+    in_own_network(check)
+
+
+def test_mending_is_a_change_since_what_was_missing_may_have_kept_a_range_away():
+    def check() -> None:
+        watched = Watched()
+        watched.settle()
+        watched.changes.clear()
+        ip("address flush dev vnet0")
+        watched.until(lambda: "100.64.0.1" in ip("address show dev vnet0"))
+        watched.until(lambda: watched.changes)
+        assert not any(change.has_moved for change in watched.changes)
+
+    in_own_network(check)
+
+
 def test_somebody_who_takes_it_away_again_and_again_is_a_problem(monkeypatch):
     def check() -> None:
         watched = Watched()

@@ -158,7 +158,7 @@ def test_the_supervisor_never_waits_and_only_the_last_wish_counts(make, recorder
     began = time.monotonic()
     for number in range(100):
         settings.want(wish(f"zone-{number}.test"))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10  # the gate is waited for twice as long
     assert settings.problems == ["The system's resolver is being set up: wait."]
     recorder.gate.set()
     wait_until(lambda: recorder.said[-1:] == [("zone-99.test",)])
@@ -182,6 +182,26 @@ def test_what_fails_is_a_problem_and_is_tried_again(make, recorder):
     wait_until(lambda: settings.problems == ["Someone is in the way."])
     recorder.found = []
     wait_until(lambda: settings.problems == [])
+
+
+def test_what_only_one_look_has_found_is_no_problem(make, recorder, monkeypatch):
+    """A service may be restarted just then, and VNet sets it up again a moment later."""
+    settings = make()
+    gone, restarts = ["It is gone: do something."], OsConfigError("It does not run: start it.")
+    steps = [gone, [], gone, gone, [], restarts, [], restarts, restarts]
+    told = []
+
+    def check() -> list[str]:
+        told.append(settings.problems)  # after the step before
+        step = steps[len(told) - 1] if len(told) <= len(steps) else []
+        if isinstance(step, OsConfigError):
+            raise step
+        return step
+
+    monkeypatch.setattr(recorder, "check", check)
+    settings.want(wish("one.test"))
+    wait_until(lambda: len(told) > len(steps) + 1)
+    assert told[: len(steps) + 2] == [[], [], [], [], gone, [], [], [], [], [str(restarts)], []]
 
 
 def test_a_back_end_that_is_impossible_leaves_vnet_running_with_a_reason(make, recorder):

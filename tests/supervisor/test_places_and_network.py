@@ -467,8 +467,27 @@ def test_nameservers_follow_the_system_and_never_name_vnet(tmp_path, monkeypatch
     assert found.has_changed(now=1.0 + LOOK_SECONDS)
     assert not found.has_changed(now=1.0 + 2 * LOOK_SECONDS)
     path.unlink()
-    assert found.has_changed(now=1.0 + 3 * LOOK_SECONDS)
+    assert not found.has_changed(now=1.0 + 3 * LOOK_SECONDS)
+    assert found.has_changed(now=1.0 + 4 * LOOK_SECONDS)
     assert found.upstream == []
+
+
+def test_file_that_is_empty_while_it_is_written_takes_no_nameserver_away(tmp_path, monkeypatch):
+    path: Path = tmp_path / "resolv.conf"
+    monkeypatch.setattr(nameservers, "RESOLV_CONF", path)
+    path.write_text("nameserver 192.0.2.1\n")
+    found = Nameservers([], [])
+    now = 0.0
+    for address in ("192.0.2.1", "192.0.2.2", "192.0.2.2"):
+        before = list(found.upstream)
+        path.write_text("")
+        now += LOOK_SECONDS
+        assert not found.has_changed(now)
+        assert found.upstream == before
+        path.write_text(f"nameserver {address}\n")
+        now += LOOK_SECONDS
+        assert found.has_changed(now) == (found.upstream != before)
+        assert [server.address for server in found.upstream] == [IPv4Address(address).packed]
 
 
 def test_configured_nameservers_come_first():

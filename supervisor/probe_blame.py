@@ -21,7 +21,8 @@ is not told of a worker that hangs:
     no answer since the worker began     nothing says that the way has ever been open
 
 Silence counts from the last answer, from the start of the latest worker of the way, or from where the
-supervisor itself stood still: who is not awake hears nothing.
+supervisor itself stood still: who is not awake hears nothing. Only a sentence that is told already stays
+until there is an answer.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,9 +37,10 @@ GAP_SECONDS: Final = 1.0
 # What a worker does shows in its next heartbeat, which is looked at so much later.
 _LATE_SECONDS: Final = 0.5
 # A worker that gets no processor beats late and does as little; nor does it do anything while nobody asks,
-# because tun or the supervisor gets none. The first probes that tun tells of may be those before.
+# because tun or the supervisor gets none. The first probes that tun tells of may be those before: all that have
+# waited for it are in one heartbeat, or two.
 _IDLE_BEATS: Final = 3
-_ARRIVED_PROBES: Final = 3
+_ARRIVED_BEATS: Final = 3
 # What a worker's counters say of its part; each rises while it does that.
 _MOVED: Final = ("packets_to_inner", "packets_to_outer")
 _ARRIVED: Final = "probes"
@@ -70,6 +72,7 @@ class Way:
     has_answered: bool = False
     error: str = ""  # of the system, since the last answer
     note: "_Note | None" = None
+    is_told: bool = False  # there is a sentence about its silence
 
 
 class _Note:
@@ -79,25 +82,28 @@ class _Note:
         self._done = done
         self._done_at = now
         self._arrived = arrived
+        self._arrivals = 0
         self._beat = beat
         self._beats = 0
 
     def look(self, now: float, done: int, arrived: int, beat: object) -> None:
         """`beat` is another object with each heartbeat."""
         if done != self._done:
-            self._done, self._done_at, self._arrived = done, now, arrived
-            self._beats = 0
-        elif beat is not self._beat:
-            self._beats += 1
-        self._beat = beat
+            self._done, self._done_at = done, now
+            self._beats = self._arrivals = 0
+        else:
+            self._beats += beat is not self._beat
+            self._arrivals += arrived != self._arrived
+        self._beat, self._arrived = beat, arrived
 
     def is_idle(self, now: float, seconds: float) -> bool:
         """Whether the worker has beaten and done nothing for so long."""
         return now - self._done_at >= seconds and self._beats >= _IDLE_BEATS
 
-    def has_arrived(self, arrived: int) -> bool:
-        """Whether tun has seen probes since."""
-        return arrived - self._arrived >= _ARRIVED_PROBES
+    @property
+    def has_arrived(self) -> bool:
+        """Whether tun has seen probes since, again and again."""
+        return self._arrivals >= _ARRIVED_BEATS
 
 
 class Blame:
@@ -129,7 +135,7 @@ class Blame:
         """Which workers are ready now; there is a way to each if tun is ready too."""
         if self._seen_at is not None and now - self._seen_at > GAP_SECONDS:
             for slot, way in self.ways.items():
-                self.ways[slot] = Way(way.processes, now)
+                self.ways[slot] = Way(way.processes, now, error=way.error, is_told=way.is_told)
         self._seen_at = now
         for slot, worker in ready.items():
             if self._started_at.get(slot) != worker.started_at:
@@ -153,6 +159,7 @@ class Blame:
         """A probe of this way came back as it should."""
         way = self.ways[slot]
         way.silent_since, way.has_answered, way.error, way.note = now, True, "", None
+        way.is_told = False
         for worker in (TUN, slot):
             self._worked[worker].add(slot)
 
@@ -172,16 +179,16 @@ class Blame:
         silent = [slot for slot in self.ways if self._silence(slot, now) >= self.hang_seconds]
         self._take_notes(now, ready, is_waiting)
         # Whoever is suspected is about to end; until then it explains all silence behind it.
-        if not silent or TUN in self._suspected:
+        if TUN in self._suspected:
             return []
-        slots = self._suspects(now, ready, silent)
+        slots = self._suspects(now, silent) if silent else []
         self._suspected.update(slots)
         if TUN not in slots:
-            told = [
-                slot
-                for slot in silent
-                if self.ways[slot].error or self._silence(slot, now) >= self._tell_seconds
-            ]
+            for slot in silent:
+                way = self.ways[slot]
+                if way.error or self._silence(slot, now) >= self._tell_seconds:
+                    way.is_told = True
+            told = [slot for slot, way in self.ways.items() if way.is_told]
             self._explain([slot for slot in told if slot not in self._suspected])
         return [Suspect(slot, self._why(slot)) for slot in slots]
 
@@ -237,42 +244,41 @@ class Blame:
         elif self._waiting_since is None:
             self._waiting_since = now
 
-    def _suspects(self, now: float, ready: Mapping[str, Ready], silent: list[str]) -> list[str]:
-        arrived = ready[TUN].counters.get(_ARRIVED, 0)
+    def _suspects(self, now: float, silent: list[str]) -> list[str]:
         if len(silent) == len(self.ways):
-            if self._tun_moves_nothing(now, arrived):
+            if self._tun_moves_nothing(now):
                 return [TUN]
             # Of two ways that end at once neither end is the likely cause.
-            return [slot for slot in silent if len(silent) == 1 and self._hangs(slot, now, arrived)]
+            return [slot for slot in silent if len(silent) == 1 and self._hangs(slot, now)]
         if not any(self._answers(slot, now) for slot in self.ways):
             return []
-        if set(silent) == self._proxies() and self._tun_asks_no_proxy(now, arrived):
+        if set(silent) == self._proxies() and self._tun_asks_no_proxy(now):
             return [TUN]
-        return [slot for slot in silent if self._hangs(slot, now, arrived)]
+        return [slot for slot in silent if self._hangs(slot, now)]
 
-    def _tun_moves_nothing(self, now: float, arrived: int) -> bool:
+    def _tun_moves_nothing(self, now: float) -> bool:
         note = self._all_silent
         if note is None or not self._may_suspect(TUN) or self._has_error(self.ways):
             return False
         waits = (
             self._waiting_since is not None and now - self._waiting_since >= self.hang_seconds / 2
         )
-        return self._is_idle(note, now) and (waits or note.has_arrived(arrived))
+        return self._is_idle(note, now) and (waits or note.has_arrived)
 
-    def _tun_asks_no_proxy(self, now: float, arrived: int) -> bool:
+    def _tun_asks_no_proxy(self, now: float) -> bool:
         note, proxies = self._proxies_silent, self._proxies()
         if note is None or len(proxies) < 2 or self._has_error(proxies):
             return False
         has_worked = not self._worked[TUN].isdisjoint(proxies)
-        is_idle = self._is_idle(note, now) and note.has_arrived(arrived)
+        is_idle = self._is_idle(note, now) and note.has_arrived
         return has_worked and is_idle and self._may_suspect(TUN)
 
-    def _hangs(self, slot: str, now: float, arrived: int) -> bool:
+    def _hangs(self, slot: str, now: float) -> bool:
         way = self.ways[slot]
         if way.note is None or way.error or not self._may_suspect(slot):
             return False
         # Questions to dns pass through tun uncounted.
-        is_asked = slot == DNS or way.note.has_arrived(arrived)
+        is_asked = slot == DNS or way.note.has_arrived
         return is_asked and self._is_idle(way.note, now)
 
     def _is_idle(self, note: _Note, now: float) -> bool:
@@ -294,7 +300,7 @@ class Blame:
         return f"it has answered no probe for {seconds}"
 
     def _explain(self, silent: list[str]) -> None:
-        if len(silent) == len(self.ways):
+        if silent and len(silent) == len(self.ways):
             errors = sorted({way.error for way in self.ways.values() if way.error})
             because = f" ({', '.join(errors)})" if errors else ""
             self.problems.append(

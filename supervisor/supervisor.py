@@ -635,16 +635,19 @@ class Supervisor:
 
     def _turn(self, longest: float) -> None:
         self._channels.follow(self._crew)
+        # A worker is silent only if it has said nothing until here: a supervisor that was stopped for a
+        # while hears in the next turn what was said meanwhile.
+        heard_until = time.monotonic()
         for key, events in self._selector.select(self._timeout(longest)):
             key.data(events)
         now = time.monotonic()
         self._reap(now)
         self._start_due(now)
-        self._watch(now)
+        self._watch(now, heard_until)
         self._note_readiness(now)
         if not self._stop_is_ordered:
             self._serve_metrics(now)
-            self._crew.tick(now)
+            self._crew.tick(heard_until)
             self._probe(now)
         self._in_force.tick(now)
         self._control.drop_silent(now)
@@ -753,10 +756,10 @@ class Supervisor:
             health, _ = self._commands.judge()
             self.was_healthy = health is Health.HEALTHY
 
-    def _watch(self, now: float) -> None:
+    def _watch(self, now: float, heard_until: float) -> None:
         hang_seconds = self.settings.config.supervisor.hang_seconds
         for worker in self._crew:
-            worker.watch(now, hang_seconds)
+            worker.watch(now, hang_seconds, heard_until=heard_until)
 
     def _tell(self, message: m.Message, roles: Collection[Role]) -> None:
         for worker in self._crew:

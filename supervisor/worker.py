@@ -325,16 +325,19 @@ class Worker:
         self._policy.limits = limits
         self.patience.use_restart_max(limits.restart_max)
 
-    def watch(self, now: float, hang_seconds: float) -> None:
-        """Does what is due about a worker that is silent, or does not end as it was told."""
+    def watch(self, now: float, hang_seconds: float, *, heard_until: float) -> None:
+        """Does what is due about a worker that is silent, or does not end as it was told.
+
+        What it said before `heard_until` (monotonic seconds) has been received.
+        """
         is_beating = self.state is WorkerState.READY or self.drains_until is not None
         if self._process is not None and (breach := self._process.log_receiver.breach):
             self.kill(breach)
         if self._escalation:
             self._escalate(now)
-        elif is_beating and now - self.last_heartbeat > hang_seconds:
+        elif is_beating and heard_until - self.last_heartbeat > hang_seconds:
             self.end_hung(now, f"no heartbeat for {hang_seconds:g} s")
-        elif self.state is WorkerState.STARTING and now - self.started_at > START_SECONDS:
+        elif self.state is WorkerState.STARTING and heard_until - self.started_at > START_SECONDS:
             self.end_hung(now, f"not ready after {START_SECONDS:g} s")
         elif self.drains_until is not None and now > self.drains_until:
             log.warning("%s has not finished in time and is ended", self.slot)

@@ -114,6 +114,20 @@ def test_worker_that_gets_no_processor_is_not_suspected():
     assert story.live(HANG, ENDS - {"proxy-0"}) == ["proxy-0"]
 
 
+@pytest.mark.parametrize("beats", [1, 2])
+def test_probes_that_tun_tells_of_late_were_before_the_silence(beats):
+    """It got no processor while a firewall was set up, and then reads what had come before."""
+    story = Story()
+    story.live(3, ENDS)
+    story.late.add(TUN)
+    assert story.live(HANG - 1, frozenset({"dns"}), arrives=False) == []
+    story.late.clear()
+    for _ in range(beats):
+        story.counters[TUN]["probes"] += 9
+        assert story.live(STEP, frozenset({"dns"}), arrives=False) == []
+    assert story.live(3 * HANG, frozenset({"dns"}), arrives=False) == []
+
+
 def test_worker_that_nobody_asks_any_more_is_not_suspected():
     """As while tun, or the supervisor, gets no processor; before that it has answered."""
     story = Story()
@@ -258,6 +272,24 @@ def test_time_in_which_the_supervisor_did_not_run_is_not_counted():
     assert story.live(2, ENDS - {"dns"}) == ["dns"]
 
 
+@pytest.mark.parametrize("error", ["", BLOCKED])
+@pytest.mark.parametrize("silent", [ENDS, {"dns"}])
+def test_what_is_told_stays_told_over_time_in_which_the_supervisor_did_not_run(silent, error):
+    story = Story()
+    story.live(3, ENDS)
+    seen = {"arrives": False, "error": error, "answers": frozenset({"dns"})}
+    assert story.live(TOLD + 3, ENDS - silent, **seen) == []
+    told = story.blame.problems
+    assert len(told) == 1
+    assert (f"({BLOCKED})" in told[0]) == bool(error)
+    story.now += 3600
+    for _ in range(int(TOLD / STEP)):
+        assert story.live(STEP, ENDS - silent, **seen) == []
+        assert story.blame.problems == told
+    story.turn(ENDS)
+    assert story.blame.problems == []
+
+
 def test_no_way_is_there_without_tun():
     story = Story()
     story.live(3, ENDS)
@@ -299,6 +331,7 @@ def test_nobody_is_suspected_without_cause(turns, follows):
     worked: set[tuple[str, float]] = set()
     suspected: set[tuple[str, float]] = set()
     awake_since = story.now
+    told: set[str] = set()
     for answering, arrives, answers, waits, error, number, replaced, pause in turns:
         if replaced is not None:
             story.start(replaced)
@@ -329,8 +362,12 @@ def test_nobody_is_suspected_without_cause(turns, follows):
                 assert error == "" or slot not in ways
                 if follows:
                     story.start(slot)
-            if story.blame.problems:
+            told_before, told = told, {s for s, way in story.blame.ways.items() if way.is_told}
+            for slot in told - told_before:
                 assert story.now - awake_since >= HANG
+                assert story.now - last_answer.get(slot, 0) >= HANG
+            assert not told & answering
+            assert told or not story.blame.problems
 
 
 @settings(max_examples=100, deadline=None)

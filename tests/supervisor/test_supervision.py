@@ -140,6 +140,18 @@ def test_stopped_process_is_killed_and_replaced(directory):
     assert "stack follows" not in run.log
 
 
+def test_no_worker_is_to_blame_for_time_in_which_the_supervisor_was_stopped(directory):
+    """The kernel tells it in the next turn only that there is something to hear, epoll_wait(2)."""
+    with supervised_run(directory) as run:
+        before = pids(run.wait_until_healthy())
+        for _ in range(2):
+            os.kill(run.pid, signal.SIGSTOP)
+            time.sleep(1.8)  # more than `hang_seconds`
+            os.kill(run.pid, signal.SIGCONT)
+            assert pids(run.wait_until_healthy()) == before
+        assert "no heartbeat" not in run.log
+
+
 def test_worker_that_never_becomes_ready_is_killed(directory, marker, monkeypatch):
     monkeypatch.setattr(slots, "START_SECONDS", 1.0)
     never = pretend_worker.never_ready
@@ -281,9 +293,26 @@ def test_worker_that_says_what_it_may_not_is_replaced_and_nobody_else(directory,
 
 def test_accused_peer_is_replaced_once(directory, marker):
     accusation = codec.encode(m.PeerMisbehaved(slot="dns", reason="line\n2026 INFO x: forged"))
-    hold = pretend_worker.Marker()
-    accuse = pretend_worker.once(marker, pretend_worker.send_raw(*[accusation] * 20, after=hold))
-    with supervised_run(directory, proxy_0=accuse) as run:
+    hold, unsaid = pretend_worker.Marker(), pretend_worker.Marker()
+
+    async def accuse(runtime):
+        runtime.send(m.ClustersReported(clusters=[]))
+        runtime.ready()
+        while hold.is_set:
+            await asyncio.sleep(0.01)
+        for _ in range(20):
+            os.write(runtime._channel.fileno(), accusation)
+        unsaid.is_set = False
+        await runtime.stopping.wait()
+
+    async def be_accused(runtime):
+        # The second would be accused as well by what is said once it is ready.
+        while marker.count and unsaid.is_set:
+            await asyncio.sleep(0.01)
+        marker.add_one()
+        await pretend_worker.work(runtime)
+
+    with supervised_run(directory, proxy_0=accuse, dns=be_accused) as run:
         # Before dns is ready an accusation would be its predecessor's.
         run.wait_until_healthy()
         hold.is_set = False
@@ -525,7 +554,7 @@ def test_workers_die_with_a_supervisor_that_is_killed(directory):
         children = pids(run.wait_until_healthy())
         os.kill(run.pid, signal.SIGKILL)
         os.waitpid(run.pid, 0)
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + 10.0
         while not all(is_gone(pid) for pid in children.values()):
             assert time.monotonic() < deadline
             time.sleep(0.005)

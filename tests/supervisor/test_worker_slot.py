@@ -1,5 +1,6 @@
 """One worker slot without a process: only its channel is real."""
 
+import gc
 import itertools
 import logging
 import os
@@ -29,6 +30,7 @@ REFUSED = m.ListenerRefused(address=b"\x64\x40\3\4", port=80, reason="r" * 500)
 
 
 def open_descriptors() -> set[str]:
+    gc.collect()
     return {entry.name for entry in Path("/proc/self/fd").iterdir() if entry.exists()}
 
 
@@ -109,7 +111,7 @@ def test_copies_of_descriptors_are_closed(slot, end):
                 os.close(descriptor)
         else:
             made._empty_outbox()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_worker_that_reads_nothing_is_killed_once(slot, monkeypatch, caplog):
@@ -176,9 +178,10 @@ def test_failed_spawn_leaves_nothing(monkeypatch, what, which):
     for thread in threading.enumerate():
         if thread.name.startswith("log-"):
             thread.join(10)
-    assert open_descriptors() == before
-    assert threading.active_count() == threads
-    assert psutil.Process().children() == children
+    # What tests before have left may end meanwhile.
+    assert open_descriptors() <= before
+    assert threading.active_count() <= threads
+    assert set(psutil.Process().children()) <= set(children)
 
 
 def in_child(action) -> int:

@@ -115,6 +115,20 @@ class Doorkeeper:
         elif isinstance(message, ProxyHello):
             self._receive_hello(sender, message)
 
+    def have_proxies_gone(self) -> bool:
+        """Whether the processes of all proxies that have said hello have ended, or left."""
+        return not any(map(self._is_there, self._present.values()))
+
+    def _is_there(self, proxy: Sender) -> bool:
+        try:
+            # Of no flow: it means nothing to a proxy.
+            self._send_to(proxy, DialAbandoned(flow_id=0))
+        except PeerGoneError:
+            return False
+        except BusyError:
+            return True
+        return True
+
     def stop(self) -> None:
         """Cancels the timers. What is still held stays unanswered: the program asks again."""
         for timer in (self._alarm, self._ask_again, self._reminder):

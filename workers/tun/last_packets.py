@@ -12,9 +12,11 @@ from typing import Final
 
 from ipc.orphan import ORPHAN_SIGNAL
 
-# The proxies are dead within milliseconds; on a busy machine it takes longer.
+# After the proxies are dead, which they are within milliseconds, or on a busy machine somewhat later.
 LAST_SECONDS: Final = 0.3
-# Then the kernel ends this process, whatever it is doing.
+# How often it is looked whether they are.
+STEP_SECONDS: Final = 0.02
+# So long after the signal the kernel ends this process, whatever it is doing.
 HARD_LIMIT_SECONDS: Final = 0.8
 
 
@@ -36,9 +38,11 @@ def noticing_death(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) ->
         signal.signal(ORPHAN_SIGNAL, signal.SIG_DFL)
 
 
-async def move_last_packets() -> None:
-    """Lets the pump run on for LAST_SECONDS."""
+async def move_last_packets(have_proxies_gone: Callable[[], bool]) -> None:
+    """Lets the pump run on until the proxies have gone, and LAST_SECONDS more."""
     _set_hard_limit()
+    while not have_proxies_gone():  # noqa: ASYNC110  # nobody tells
+        await asyncio.sleep(STEP_SECONDS)
     await asyncio.sleep(LAST_SECONDS)
 
 

@@ -137,7 +137,7 @@ async def main(runtime: Runtime[ConfigureTun]) -> None:
         with noticing_death(loop, runtime.lost_supervisor):
             await runtime.until_stopped(work())
             if runtime.is_orphaned:
-                await move_last_packets()
+                await move_last_packets(doorkeeper.have_proxies_gone)
     finally:
         for direction in plane.directions:
             direction.stop()

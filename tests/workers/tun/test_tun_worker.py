@@ -16,7 +16,7 @@ from ipc.addresses import owner_of_address
 from ipc.bus import Sender
 from ipc.messages import DialVerdict, NetworkChanged, Refusal
 from ipc.probe_ports import probe_port
-from workers.tun import doorkeeper
+from workers.tun import doorkeeper, last_packets
 from workers.tun.icmp import ERRORS_AT_ONCE
 from workers.tun.packet import parse_packet
 from workers.tun.pump import Device, Direction
@@ -329,6 +329,31 @@ def test_one_that_drains_leaves_everything_to_its_successor_and_ends():
                     successor.may_begin.set()
                     assert await receive(wire.inner) == DATA_PACKET
                     assert await receive(wire.inner) == SYN_PACKET
+        finally:
+            wire.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+def test_resets_of_proxies_that_outlive_the_supervisor_reach_the_programs(monkeypatch):
+    """On a busy machine a proxy may be killed and not yet gone for longer than tun would stay."""
+    monkeypatch.setattr(last_packets, "_set_hard_limit", lambda: None)
+    monkeypatch.setattr(last_packets, "LAST_SECONDS", 0.1)
+
+    async def main():
+        wire, bus = Wire(), FakeBus(no_answer)
+        try:
+            async with running_worker(wire.descriptors, bus) as runtime:
+                bus.busy = True
+                runtime.lost_supervisor()
+                await asyncio.sleep(0.15)
+                bus.busy = False
+                await until(lambda: len(bus.abandoned) >= 10)
+                reset = ipv4(APP, TUN_IPV4, tcp_segment(RST, ports=(443, 40000)))
+                wire.inner.send(reset)
+                assert await receive(wire.host) == reset
+                bus.connected = False
         finally:
             wire.close()
 

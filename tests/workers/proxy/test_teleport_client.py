@@ -324,6 +324,33 @@ def test_a_login_that_is_renewed_while_a_certificate_is_got_is_used_for_it(tmp_p
     asyncio.run(run())
 
 
+def test_nothing_is_missing_while_a_login_is_taken_over(tmp_path):
+    """Names are asked for and clusters are reported between any two steps of it."""
+
+    async def run():
+        write_home(tmp_path)
+        write_home(tmp_path, proxy="second.test")
+        renewed = NOW + timedelta(hours=24)
+        api = FakeApi(gates={"generate_user_certs": asyncio.Event()})
+        async with Bed(tmp_path, api) as bed:
+            await bed.ready()
+            target = await bed.client.resolve(NAME)
+            # What is under way is ended first, which takes some steps.
+            dial = asyncio.ensure_future(bed.client.plan(target, 5432))
+            await until(lambda: "generate_user_certs" in api.calls)
+            write_home(tmp_path, user_certificate(renewed))
+            write_home(tmp_path, user_certificate(renewed), proxy="second.test")
+            before = {cluster.expires for cluster in bed.client.states()}
+            async with asyncio.timeout(20):
+                while before & {cluster.expires for cluster in bed.client.states()}:
+                    await asyncio.sleep(0)
+                    assert [c.profile for c in bed.client.states()] == ["second.test", PROXY]
+                    assert isinstance(await bed.client.resolve(NAME), AppTarget)
+            dial.cancel()
+
+    asyncio.run(run())
+
+
 def test_a_rotated_authority_is_taken_over(tmp_path):
     async def run():
         keys = write_home(tmp_path)
@@ -716,10 +743,10 @@ def test_a_leaf_with_a_new_authority_is_trusted_when_the_root_says_so(tmp_path):
 
         async with Bed(tmp_path, api, connect=connect) as bed:
             await until(lambda: untrusted.calls)
-            for _ in range(3):
-                bed.clock.seconds += 6
-                await asyncio.sleep(0.05)
-            await until(lambda: bed.cluster(LEAF).is_configured)
+            async with asyncio.timeout(10):
+                while not bed.cluster(LEAF).is_configured:
+                    bed.clock.seconds += 6
+                    await asyncio.sleep(0.05)
             assert bed.cluster(LEAF).state is ClusterState.OK
 
     asyncio.run(run())
@@ -751,6 +778,30 @@ def test_names_of_leaves_that_are_not_known_yet_are_waited_for(tmp_path):
             assert not asking.done()
             gate.set()
             assert (await asking).leaf == LEAF
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("user", "found"), [("", NotOurs), ("bob", AppTarget)])
+def test_a_name_that_is_asked_for_while_the_login_ends_is_answered_by_what_follows(
+    tmp_path, user, found
+):
+    async def run():
+        write_home(tmp_path)
+        async with Bed(tmp_path) as bed:
+            await bed.ready()
+            bed.api.gates["app_servers"] = asyncio.Event()
+            question = asyncio.create_task(bed.client.resolve(NAME))
+            await until(lambda: "app_servers" in bed.api.calls)
+            del bed.api.gates["app_servers"]
+            if user:
+                subject = [(kind, user if v == "alice" else v) for kind, v in USER_SUBJECT]
+                write_home(tmp_path, user_certificate(subject=subject), user=user)
+            else:
+                (tmp_path / f"{PROXY}.yaml").unlink()
+            async with asyncio.timeout(20):
+                assert isinstance(await question, found)
+            assert bed.gone == [ALICE]
 
     asyncio.run(run())
 

@@ -25,7 +25,12 @@ from workers.proxy.teleport.certificates import AppSubject, DatabaseSubject, Sub
 from workers.proxy.teleport.consulting import Asked, Question, Source, consult
 from workers.proxy.teleport.contexts import upgrade_context
 from workers.proxy.teleport.databases import Database
-from workers.proxy.teleport.errors import PortNotAllowedError, UnknownAppError, safe_text
+from workers.proxy.teleport.errors import (
+    PortNotAllowedError,
+    TeleportError,
+    UnknownAppError,
+    safe_text,
+)
 from workers.proxy.teleport.home import Fingerprint, Home, fingerprint, read_home
 from workers.proxy.teleport.home_watch import POLL_SECONDS, HomeWatch
 from workers.proxy.teleport.issue_tally import IssueTally
@@ -115,6 +120,8 @@ class Teleport:
         self._stamp: Fingerprint | None = None
         # What a home looked like that may be half written, and since when.
         self._half_written: tuple[Fingerprint, float] | None = None
+        # Held while what has changed is taken over.
+        self._taking_over = asyncio.Lock()
         self._crowd = Crowd.new()
         self._sessions: dict[str, Session] = {}
         self._names: Directory[Source] | None = None
@@ -173,8 +180,20 @@ class Teleport:
                 the zones are known. Unless the address book knows the name, it is not VNet's.
             TeleportError: the name is a cluster's, and the cluster cannot be asked.
         """
-        name = normalise(name)
-        names = self._directory_of_names()
+        name, home = normalise(name), self._home
+        question = Question(name, (spelling or name).removesuffix("."), fresh)
+        try:
+            return await self._answer(question)
+        except TeleportError:
+            if self._home is home:
+                raise
+        # Some login is not the one that was asked with: what is there now answers.
+        async with self._taking_over:
+            pass
+        return await self._answer(question)
+
+    async def _answer(self, question: Question) -> Resolution:
+        name, names = question.name, self._directory_of_names()
         if names.is_proxy(name):
             return NotOurs()
         sources = names.find(name)
@@ -182,7 +201,7 @@ class Teleport:
             return NotOurs()
         decision, asked = await consult(
             sources,
-            Question(name, (spelling or name).removesuffix("."), fresh),
+            question,
             grace_seconds=self._settings.grace_seconds,
             remote_seconds=self._settings.remote_seconds,
         )
@@ -337,8 +356,9 @@ class Teleport:
         if _is_half_written(self._home, home) and not self._has_settled(stamp):
             return
         self._half_written = None
-        self._stamp, self._home = stamp, home
-        await self._apply(home)
+        async with self._taking_over:
+            self._stamp, self._home = stamp, home
+            await self._apply(home)
 
     def _has_settled(self, stamp: Fingerprint) -> bool:
         """Whether a home that may be half written has looked like this for a while."""
@@ -349,19 +369,21 @@ class Teleport:
 
     async def _apply(self, home: Home) -> None:
         owners = {name: session.owner for name, session in self._sessions.items()}
-        before, self._sessions = self._sessions, {}
+        before, wanted = dict(self._sessions), dict[str, Session]()
         self._names = None
         for login in home.logins:
-            session = before.pop(login.name, None)
-            if login.name in self._sessions:
+            if login.name in wanted:
                 continue  # two files with the same address: the first counts
+            session = before.pop(login.name, None)
             if session is None:
+                # The others stay: names are asked for and reports are made meanwhile.
                 session = Session(login, self._settings, self._crowd, self._changed)
-                self._sessions[login.name] = session
+                self._sessions[login.name] = wanted[login.name] = session
                 await session.start()
             else:
-                self._sessions[login.name] = session
+                wanted[login.name] = session
                 await session.change(login)
+        self._sessions, self._names = wanted, None
         for session in before.values():
             await session.close()
         self._names = None

@@ -26,6 +26,8 @@ LINGER_SECONDS: Final = 1.0
 LINGER_BYTES: Final = 64 * 1024
 # Connections that wait while this worker is busy.
 BACKLOG: Final = 64
+# Turns of the loop until a connection that was accepted is a client: it is given its streams, then a task.
+_TURNS: Final = 3
 
 
 class MetricsServer:
@@ -60,6 +62,8 @@ class MetricsServer:
 
     async def finish(self, seconds: float) -> None:
         """Returns when all that were accepted have their answer; the rest is cut after so long."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         if self._clients:
             await asyncio.wait(self._clients, timeout=seconds)
         for client in list(self._clients):

@@ -228,7 +228,7 @@ def test_request_may_come_byte_by_byte():
 
 
 def test_who_says_nothing_is_cut_and_disturbs_nobody(monkeypatch):
-    monkeypatch.setattr(server_module, "CLIENT_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "CLIENT_SECONDS", 1.5)
 
     async def work(serving: Serving, _server: MetricsServer) -> None:
         silent = [await serving.open() for _ in range(5)]
@@ -288,3 +288,31 @@ def test_server_that_finishes_takes_nobody_new_and_answers_whom_it_has():
         await asyncio.wait_for(finishing, 5)
 
     serve(work)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_connection_that_comes_as_the_server_finishes_is_answered_or_left_to_a_successor(turns):
+    async def main() -> None:
+        counters: dict[str, int] = {}
+        with contextlib.ExitStack() as closing:
+            listening = socket.create_server(("127.0.0.1", 0))
+            successors = closing.enter_context(listening.dup())
+            successors.setblocking(False)
+            server = MetricsServer(listening, lambda head: answer(head, NAMES, render), counters)
+            await server.start()
+            client = closing.enter_context(socket.create_connection(successors.getsockname()))
+            client.sendall(GET)
+            client.shutdown(socket.SHUT_WR)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            server.stop_accepting()
+            await server.finish(10)
+            # At once: the process ends here.
+            left = 0
+            with contextlib.suppress(BlockingIOError):
+                successors.accept()[0].close()
+                left = 1
+        assert counters["answered"] + left == 1
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())

@@ -80,8 +80,8 @@ class Sources:
         """What each has told last."""
         return [source.told for source in self._open.values()]
 
-    async def look(self, seconds: float = TIMEOUT_SECONDS) -> bool:
-        """Asks all; whether something is new. Takes `seconds` at most.
+    async def look(self, seconds: float = TIMEOUT_SECONDS, *, again: bool = False) -> bool:
+        """Asks all, or those that have answered; whether something is new. Takes `seconds` at most.
 
         Raises:
             AskError: this user may not ask.
@@ -89,7 +89,7 @@ class Sources:
         self.problems = []
         self.looked_at = time.monotonic()
         before = len(self._open)
-        paths = self._paths()
+        paths = [path for path in self._paths() if path in self._open or not again]
         for path in [path for path in self._open if path not in paths]:
             self._drop(path)
         self._slots = {path: slot for path, slot in self._slots.items() if path in paths}

@@ -20,13 +20,12 @@ from supervisor.cli import connection_view as view
 from supervisor.cli.connection_report import ConnectionList, Told, ends_of, merge
 from supervisor.cli.connection_sources import Sources
 from supervisor.cli.control_client import TIMEOUT_SECONDS, AskError, ask_status
+from supervisor.cli.orderly_run import run_in_order
 from supervisor.cli.screen import Screen, has_colour, width_of
 from supervisor.cli.socket_owners import MAX_QUESTIONS, SocketOwner, owners
 from supervisor.exits import ExitStatus
 
 WATCH_SECONDS = 1.0
-# A rate takes two looks, a second apart; the second is not waited for as long as the first.
-SECOND_LOOK_SECONDS = 0.5
 # A proxy that starts just now is waited for so long, and looked for so often.
 START_SECONDS = 1.0
 STEP_SECONDS = 0.1
@@ -42,7 +41,7 @@ def run(run_dir: Path, *, watch: bool, as_json: bool) -> ExitStatus:
     """
     command = _Connections(run_dir, as_json=as_json)
     try:
-        return asyncio.run(command.watch() if watch else command.show())
+        return run_in_order(command.watch()) if watch else asyncio.run(command.show())
     except KeyboardInterrupt:
         return ExitStatus.OK
 
@@ -61,9 +60,10 @@ class _Connections:
             await self._find()
             problems = list(sources.problems)
             if any(_lacks_rates(told) for told in sources.told):
-                # Perhaps one has kept the others waiting.
+                # A rate takes two looks, a second apart. Perhaps one has kept the others waiting, which is
+                # not waited for again.
                 await asyncio.sleep(sources.looked_at + WATCH_SECONDS - time.monotonic())
-                await sources.look(SECOND_LOOK_SECONDS)
+                await sources.look(again=True)
                 problems = problems or sources.problems
             found = self._report(problems)
         finally:
@@ -81,7 +81,9 @@ class _Connections:
         sources = self._sources
         try:
             await self._find()
-            with Screen("vnet connections", is_for_people=not self._as_json) as screen:
+            with Screen(
+                "vnet connections", is_for_people=not self._as_json, minds_signals=False
+            ) as screen:
                 await self._watch(screen)
         finally:
             await sources.close()

@@ -21,7 +21,7 @@ from supervisor.cli.browser import open_page
 from supervisor.cli.control_client import AskError, ask_status
 from supervisor.cli.dialog_keys import DialogKeys, FromKey
 from supervisor.cli.line_input import Line, LineInput
-from supervisor.cli.screen import ended_in_order
+from supervisor.cli.orderly_run import run_in_order
 from supervisor.exits import ExitStatus
 
 # Proxies come and go; their sockets are looked for this often.
@@ -61,8 +61,7 @@ def run(run_dir: Path, *, watch: bool) -> ExitStatus:
     """
     try:
         # A terminal that hides what is typed must not stay like that.
-        with ended_in_order():
-            return asyncio.run(_Mfa(run_dir / p.PROMPTS_DIRECTORY, watch=watch).run())
+        return run_in_order(_Mfa(run_dir / p.PROMPTS_DIRECTORY, watch=watch).run())
     except KeyboardInterrupt:
         print()
         return ExitStatus.OK

@@ -16,8 +16,11 @@ STEP_SECONDS = 0.1
 UPGRADE_SECONDS = 40.0
 # A supervisor that executes itself anew does not answer for a moment.
 SILENT_SECONDS = 10.0
-# Between two successors nothing is seen to happen for a moment.
+# Between two steps nothing is seen to happen for a moment.
 IDLE_SECONDS = 3.0
+# Before the next successor is forked, the worker that was followed last hands over (`supervisor.crew`),
+# which a connection that waits for a second factor makes it do for seconds.
+HANDOVER_SECONDS = 6.0
 
 
 def replace(run_dir: Path, worker: str, tell: Callable[[str], None]) -> ExitStatus:
@@ -42,6 +45,7 @@ def _follow(
 ) -> ExitStatus:
     """Returns when all that are wanted have successors. Raises AskError."""
     heard_at = moved_at = time.monotonic()
+    longest_idle = IDLE_SECONDS
     while wanted:
         time.sleep(STEP_SECONDS)
         now = time.monotonic()
@@ -57,9 +61,11 @@ def _follow(
         for name in done:
             tell(f"{name}: process {present[name].pid} follows {before[name].pid}")
             wanted.remove(name)
-        if done or any(_is_moving(row) for row in status.workers or ()):
-            moved_at = now
-        elif now - moved_at > IDLE_SECONDS:
+        if done:
+            moved_at, longest_idle = now, HANDOVER_SECONDS + IDLE_SECONDS
+        elif any(_is_moving(row) for row in status.workers or ()):
+            moved_at, longest_idle = now, IDLE_SECONDS
+        elif now - moved_at > longest_idle:
             raise AskError(
                 ExitStatus.DEGRADED,
                 f"{', '.join(wanted)} not replaced, the present ones go on: see VNet's log",

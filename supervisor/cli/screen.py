@@ -27,7 +27,7 @@ STEP_SECONDS: Final = 0.1
 # Own screen, no cursor, no automatic line breaks: a line too long for a terminal that says less is cut.
 _BEGIN, _END = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 _HOME, _TO_LINE_END, _TO_SCREEN_END = "\x1b[H", "\x1b[K", "\x1b[J"
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -62,7 +62,7 @@ def fitted(shown: Sequence[str], height: int, whole: str) -> list[str]:
 @contextlib.contextmanager
 def ended_in_order() -> Iterator[None]:
     """Signals that end a process raise SystemExit here, with the status that a shell gives for them."""
-    before = [(number, signal.signal(number, _end)) for number in _SIGNALS]
+    before = [(number, signal.signal(number, _end)) for number in SIGNALS]
     try:
         yield
     finally:
@@ -71,10 +71,16 @@ def ended_in_order() -> Iterator[None]:
 
 
 class Screen:
-    """Use as a context; `whole` is the command that shows a view that does not fit."""
+    """Use as a context; `whole` is the command that shows a view that does not fit.
 
-    def __init__(self, whole: str, *, is_for_people: bool = True) -> None:
+    `minds_signals`: not where `orderly_run` does.
+    """
+
+    def __init__(
+        self, whole: str, *, is_for_people: bool = True, minds_signals: bool = True
+    ) -> None:
         self.is_in_place = is_for_people and is_terminal(sys.stdout)
+        self._minds_signals = minds_signals
         self._whole = whole
         self._last: list[str] = []
         self._signals = contextlib.ExitStack()
@@ -82,7 +88,8 @@ class Screen:
     def __enter__(self) -> Self:
         if self.is_in_place:
             # First: whatever ends us from here on is cleaned up after.
-            self._signals.enter_context(ended_in_order())
+            if self._minds_signals:
+                self._signals.enter_context(ended_in_order())
             try:
                 _write(_BEGIN)
             except BaseException:

@@ -20,8 +20,6 @@ WATCH_SECONDS = 1.0
 WAIT_STEP_SECONDS = 0.1
 # With the start of Python before it the whole command takes 2 s at most.
 ANSWER_SECONDS = 1.5
-# What an answer is given at the end of a wait.
-_LAST_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +63,18 @@ def show(run_dir: Path, *, wait: float, as_json: bool) -> ExitStatus:
 
 
 def _healthy(run_dir: Path, seconds: float) -> tuple[Status, bytes]:
-    """The first healthy status, else what there is at the end. Raises AskError."""
+    """The first healthy status, else what there is at the end. Raises AskError.
+
+    Each answer may take as long as one that nobody waits for, the last one too: that a wait is nearly over
+    makes a busy machine no faster.
+    """
     from supervisor.cli.progress import Progress  # noqa: PLC0415  # a health check does without
 
     deadline = time.monotonic() + seconds
     with Progress("waiting until VNet is healthy"):
         while True:
-            left = max(deadline - time.monotonic(), _LAST_SECONDS)
             try:
-                found = ask_status(run_dir, cm.Status(), min(ANSWER_SECONDS, left))
+                found = ask_status(run_dir, cm.Status(), ANSWER_SECONDS)
             except AskError:
                 if time.monotonic() >= deadline:
                     raise

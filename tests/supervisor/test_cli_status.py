@@ -22,6 +22,7 @@ from supervisor.cli import status as command
 from supervisor.cli import text as terminal_text
 from supervisor.cli.app import app
 from supervisor.clusters import ClusterView
+from supervisor.commands import Commands
 from supervisor.exits import ExitStatus
 from supervisor.status import Health, Status
 from supervisor.worker_states import WorkerState
@@ -191,6 +192,19 @@ def test_waiting_ends_with_what_there_is(bed):
     assert done.returncode == ExitStatus.DEGRADED
     bed.run.os_problems = []
     assert status(bed, "--wait", DEADLINE_SECONDS).returncode == 0
+
+
+def test_an_answer_at_the_end_of_a_wait_may_take_its_time(bed, monkeypatch):
+    """Otherwise a VNet on a busy machine would be said to hang."""
+    at_once = Commands.answer
+
+    def late(*arguments):
+        time.sleep(0.6)
+        return at_once(*arguments)
+
+    bed.run.os_problems = ["It is being set up: wait."]
+    monkeypatch.setattr(Commands, "answer", late)
+    assert command.show(bed.run_dir, wait=0.1, as_json=True) is ExitStatus.DEGRADED
 
 
 def test_waiting_goes_on_over_a_start(tmp_path):

@@ -2,12 +2,15 @@
 
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pretend_worker
 import pytest
 from supervised_run import SupervisedRun, supervised_run
 
 from supervisor import control_messages as cm
+from supervisor import crew
 from supervisor.cli import replacement
 from supervisor.cli.control_client import AskError
 from supervisor.worker_states import WorkerState
@@ -68,6 +71,41 @@ def test_an_old_process_that_hangs_while_it_finishes_is_ended(directory, marker)
         os.kill(old, signal.SIGSTOP)
         run.wait_for(lambda _: len(rows(run, "proxy-0")) == 1)
         assert run.worker("proxy-0").restarts == 0
+
+
+def test_command_waits_for_a_worker_that_takes_long_to_hand_over(monkeypatch):
+    """The next one is forked only then; until then nothing is seen to happen."""
+    now, handed_over_at = 0.0, 1 + crew.HANDOVER_SECONDS
+    told: list[str] = []
+
+    def row(name: str, pid: int, state: WorkerState = READY) -> SimpleNamespace:
+        return SimpleNamespace(name=name, pid=pid, state=state)
+
+    def status(*_arguments: object) -> tuple[SimpleNamespace, bytes]:
+        if not now:
+            rows = [row("proxy-0", 2), row("ssh", 3)]
+        elif now < handed_over_at:
+            rows = [row("proxy-0", 12), row("ssh", 3), row("proxy-0", 2, DRAINING)]
+        elif now < handed_over_at + 1:
+            rows = [row("proxy-0", 12), row("ssh", 3), row("ssh", 13, WorkerState.STARTING)]
+        else:
+            rows = [row("proxy-0", 12), row("ssh", 13)]
+        return SimpleNamespace(workers=rows), b""
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    answer = cm.Answer(status=0, text="takes over")
+    monkeypatch.setattr(replacement, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(replacement, "ask_status", status)
+    monkeypatch.setattr(replacement, "order", lambda *_: answer)
+    assert replacement.replace(Path("run"), "all", told.append) == 0
+    assert told == [
+        "takes over",
+        "proxy-0: process 12 follows 2",
+        "ssh: process 13 follows 3",
+    ]
 
 
 def test_a_successor_that_fails_leaves_the_present_one_at_work(directory, marker):

@@ -120,7 +120,7 @@ def list_networks(bed: Bed, networks: Sequence[str], security: str = "") -> None
     path = bed.run_dir.parent / "vnet.toml"
     before = path.read_text().partition("[security]")[0]
     path.write_text(f"{before}[security]\nallow_forwarded_from = {list(networks)}\n{security}\n")
-    bed.output("vnet", "reload")
+    bed.reload()
 
 
 def _set(bed: Bed, *settings: str) -> None:

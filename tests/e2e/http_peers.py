@@ -147,7 +147,7 @@ def reload(bed: Bed, **sections: Mapping[str, Any]) -> None:
     for name, keys in sections.items():
         config[name] = config.get(name, {}) | dict(keys)
     path.write_text(toml(config))
-    bed.output(VNET, "reload")
+    bed.reload()
 
 
 def refused_requests(bed: Bed) -> int:

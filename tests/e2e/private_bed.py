@@ -9,6 +9,7 @@ test can do with them what no program does. Everything ends with init, and init 
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pwd
@@ -292,6 +293,22 @@ class Bed:
         """Returns once VNet has this health."""
         wait_until(lambda: self.health() == health, f"VNet is {health}", seconds)
 
+    def wait_until_ended(self) -> None:
+        """Returns once VNet has ended and another may start: the last that it gives back is its lock."""
+        wait_until(lambda: self.health() == "none", "VNet answers no more")
+
+        def is_free() -> bool:
+            try:
+                with (self.run_dir / "lock").open() as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass  # it takes the file away before
+            return True
+
+        wait_until(is_free, "VNet has ended")
+
     def worker(self, name: str) -> dict[str, Any]:
         """One worker of the status."""
         return next(w for w in self.status()["workers"] if w["name"] == name)
@@ -330,6 +347,15 @@ class Bed:
                 return all(age is not None and age < longest for age in ages)
 
             wait_until(have_all_beaten, "every worker has said what it counts")
+
+    def reload(self) -> str:
+        """What `vnet reload` says; returns once every worker has taken the configuration over."""
+        late = "not taken over yet"
+        said = self.output("vnet", "reload")
+        if late in said:
+            # A second is not enough for one that gets no processor.
+            wait_until(lambda: late not in self.output("vnet", "reload"), "all have taken it over")
+        return said
 
     def open_files(self, name: str) -> int:
         """How many descriptors a worker holds; `supervisor` is one too."""

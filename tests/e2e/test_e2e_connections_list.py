@@ -91,6 +91,11 @@ def id_is_in_the_log(bed: Bed, wanted: Row, words: str) -> bool:
     return any(line["connection"] == wanted["id"] and words in line["message"] for line in lines)
 
 
+def wait_for_line(bed: Bed, wanted: Row, words: str) -> None:
+    """Returns when the log tells of it. The log comes through a pipe of its own."""
+    wait_until(lambda: id_is_in_the_log(bed, wanted, words), "the log tells of it")
+
+
 def test_download_shows_with_program_rates_and_bytes_and_then_its_end(listed):
     bed = listed
 
@@ -157,13 +162,13 @@ def test_refused_ones_show_with_their_reasons(listed):
     port = row(bed, lambda r: r["port"] == 9999, "a port that the app does not have")
     assert (port["state"], port["refusal"]) == ("failed", "port_not_allowed")
     assert "8000-8010" in port["error"]
-    assert id_is_in_the_log(bed, port, "port_not_allowed")
+    wait_for_line(bed, port, "port_not_allowed")
 
     with bed.faults("refuse_certs"):
         bed.seconds_until_refused("refused.teleport.list.test", 80)
     certificate = row(bed, lambda r: r["name"].startswith("refused."), "a refused certificate")
     assert (certificate["kind"], certificate["refusal"]) == ("app", "certificate_refused")
-    assert id_is_in_the_log(bed, certificate, "certificate_refused")
+    wait_for_line(bed, certificate, "certificate_refused")
 
     with bed.faults("node_offline node2"):
         bed.seconds_until_refused("node2.list.test", 22)

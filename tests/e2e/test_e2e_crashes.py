@@ -27,6 +27,8 @@ ECHO, OWN, PORTS = (f"{app}.teleport.e2e.test" for app in ("echo", "own", "ports
 WORKERS = ("tun", "proxy-0", "proxy-1", "ssh", "dns")
 DATA = random.Random(3).randbytes(16 << 20)
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+# After this long without one dns asks another proxy.
+SIGN_OF_LIFE_SECONDS = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,6 @@ def test_a_killed_proxy_resets_its_connections_and_none_hangs(shaken):
         assert read_exactly(end, 5) == b"hello"
         pid = kill_worker(bed, owner)
         # Not an ordinary end, which would look as if nothing more had been to come.
-        end.settimeout(2)
         with pytest.raises(ConnectionResetError):
             end.recv(1)
     bed.wait_for_successor(owner, pid)
@@ -186,6 +187,8 @@ public_addr = "echo.ranged.test"
 def test_the_range_of_a_cluster_stays_routed_over_the_death_of_proxies_and_cluster():
     """A new proxy knows nothing of its clusters until they answer, and now they do not."""
     with demo_bed(RANGED, "[supervisor]\nheartbeat_seconds = 0.2\n") as bed:
+        # A range that is not routed soon after the first question for it is done without.
+        bed.wait_for_health("healthy")
         address = bed.resolve("echo.ranged.test")[0]
         assert address.startswith("10.99.")
         routed = bed.log().count("virtual ranges:")
@@ -213,23 +216,37 @@ def test_a_worker_that_hangs_is_replaced(shaken):
 def test_new_names_do_not_wait_for_a_proxy_that_hangs(shaken):
     bed = shaken
     names = (f"new-{number}.teleport.e2e.test" for number in range(1000))
-    asked = list(itertools.islice((name for name in names if owner_of_name(name, 2) == 0), 4))
+    asked = list(itertools.islice((name for name in names if owner_of_name(name, 2) == 0), 6))
     bed.ask(asked.pop())
-    pid = int(bed.worker("proxy-0")["pid"])
+    pid, seen = int(bed.worker("proxy-0")["pid"]), len(bed.log())
     bed.kill(pid, signal.SIGSTOP)
-    began = time.monotonic()
+    took = []
     for name in asked:
+        began = time.monotonic()
         assert bed.ask(name).header.rcode in (RCODE.NOERROR, RCODE.NXDOMAIN)
-    # The first of them waits for a sign of life, and the others not even that.
-    assert time.monotonic() - began < 1.5
+        took.append(time.monotonic() - began)
+    # The first of them waits for a sign of life, and the others not even that. The machine may be busy with
+    # something else in one of them, and hardly in all.
+    wait_until(
+        lambda: "proxy-0 does not answer, others are asked" in bed.log()[seen:], "it is told"
+    )
+    assert min(took[1:]) < SIGN_OF_LIFE_SECONDS
     bed.wait_for_successor("proxy-0", pid)
 
 
 def test_vnet_is_degraded_while_a_worker_is_away_and_healthy_afterwards(shaken):
-    pid = kill_worker(shaken, "dns")
-    wait_until(lambda: shaken.health() == "degraded", "VNet is degraded")
-    shaken.wait_for_successor("dns", pid)
-    shaken.wait_for_health("healthy")
+    bed = shaken
+
+    def is_seen_away() -> bool:
+        # Again each time: it is not away for long, and on a busy machine nobody may look just then.
+        if pid := bed.worker("dns")["pid"]:
+            with contextlib.suppress(ProcessLookupError):
+                bed.kill(pid)
+        return bed.health() == "degraded"
+
+    wait_until(is_seen_away, "VNet is degraded")
+    bed.wait_for_health("healthy")
+    assert bed.worker("dns")["state"] == "ready"
 
 
 # -- leaks --
@@ -261,7 +278,9 @@ def a_round(bed: Bed) -> None:
             end.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 end.connect((bed.resolve(ECHO)[0], 7))
-    bed.output("curl", "-sS", "http://page.teleport.e2e.test/")
+    # One after the other: it would ask for IPv4 only when IPv6 takes long, and leave a listener more behind.
+    for family in ("-4", "-6"):
+        bed.output("curl", family, "-sS", "http://page.teleport.e2e.test/")
     bed.output("dig", "+tcp", "example.org")
 
 
@@ -296,7 +315,7 @@ def test_no_round_of_failures_leaves_a_descriptor_or_a_connection_behind(shaken)
 
     try:
         # What was admitted and never accepted is dropped after 10 s.
-        wait_until(is_as_before, "everything is closed", 25)
+        wait_until(is_as_before, "everything is closed")
     except AssertionError as error:
         raise AssertionError(f"before {before}, after {in_use(bed)}") from error
 

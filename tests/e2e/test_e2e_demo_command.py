@@ -147,7 +147,7 @@ def test_sigterm_ends_the_demo_and_leaves_nothing(outside):
         assert len(below) >= 8  # watcher, init, cluster, supervisor, five workers, command
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
-    wait_until(lambda: not any(map(is_running, below)), "every process has ended", 2)
+    wait_until(lambda: not any(map(is_running, below)), "every process has ended")
     assert outside.look() == before
 
 
@@ -156,7 +156,7 @@ def test_sigkill_of_the_demo_leaves_nothing(outside):
     with start_sleeping_demo(outside) as process:
         below = descendants(process.pid)
         process.kill()
-        wait_until(lambda: not any(map(is_running, below)), "every process has ended", 2)
+        wait_until(lambda: not any(map(is_running, below)), "every process has ended")
     assert outside.look() == before
 
 
@@ -169,7 +169,7 @@ def test_sigint_ends_a_demo_without_a_command():
         below = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
-    wait_until(lambda: not any(map(is_running, below)), "every process has ended", 2)
+    wait_until(lambda: not any(map(is_running, below)), "every process has ended")
 
 
 def test_the_default_demo_has_the_promised_apps():

@@ -20,6 +20,8 @@ ECHO = "echo.teleport.e2e.test"
 DATA = random.Random(5).randbytes(24 << 20)
 # What a proxy may take to hand over, and a kernel to repeat a SYN that was read and not answered.
 LONGEST_SECONDS = 6.0
+# Every worker is replaced, one after the other.
+RESTART_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +227,7 @@ def test_whole_vnet_is_replaced_under_a_transfer(bed):
     transfer.read(1 << 20)
     before = bed.pids()
     with again_and_again(lambda: echo(bed, address)):
-        bed.output(VNET, "restart", "all", "--drain")
+        bed.output(VNET, "restart", "all", "--drain", timeout=RESTART_SECONDS)
         transfer.read(1 << 20)
     assert not set(before.values()) & {bed.worker(name)["pid"] for name in before}
     transfer.finish()

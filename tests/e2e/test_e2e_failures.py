@@ -278,11 +278,21 @@ def test_a_client_that_vanishes_during_the_dial_leaves_nothing_behind(vnet):
     proxy = bed.owner_of(address)
     wait_until(lambda: bed.status()["connections"]["active"] == 0, "nothing is open")
     before = bed.open_files(proxy)
+
+    def vanish() -> None:
+        with bed.open_socket(timeout=0.3) as end, pytest.raises(TimeoutError):
+            end.connect((address, 7))
+
     with hanging_cluster(bed):
-        for _ in range(5):
-            with bed.open_socket(timeout=0.3) as end, pytest.raises(TimeoutError):
-                end.connect((address, 7))
-        assert bed.open_files(proxy) > before
+        for _ in range(4):
+            vanish()
+
+        def is_dialling() -> bool:
+            # A proxy that looks too late finds nobody.
+            vanish()
+            return bed.open_files(proxy) > before
+
+        wait_until(is_dialling, "the proxy dials")
     wait_until(lambda: bed.open_files(proxy) <= before, "every descriptor is closed")
     assert echo_works(bed)
 

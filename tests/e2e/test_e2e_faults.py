@@ -5,7 +5,7 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,9 @@ PROXIES = 2
 LARGE_APPS = 20_000
 # What a proxy may have after it has looked for apps in a cluster with so many.
 MAX_PROXY_BYTES = 150 << 20
-# What is known in memory comes so soon, on a machine that may be busy.
+# What is known in memory comes so soon, unless the machine is busy just then: one of so many times.
 KNOWN_SECONDS = 1.0
+KNOWN_TIMES = 3
 # So often a cluster that failed is asked again, and once more for a busy machine.
 BACK_SECONDS = 15.0
 # A program's resolver has given up by then (resolv.conf(5): 5 s, twice).
@@ -154,6 +155,20 @@ def within(seconds: float) -> Iterator[None]:
     assert took < seconds, f"{took:.2f} s"
 
 
+def is_known(work: Callable[[], bool]) -> bool:
+    """Whether `work` is true each time, and what it needs is there without waiting for anybody."""
+    took = []
+    for _ in range(KNOWN_TIMES):
+        began = time.monotonic()
+        if not work():
+            return False
+        took.append(time.monotonic() - began)
+        if took[-1] < KNOWN_SECONDS:
+            break
+    print("known after", ", ".join(f"{seconds:.2f} s" for seconds in took))
+    return took[0] < AT_ONCE_SECONDS and took[-1] < KNOWN_SECONDS
+
+
 def assert_comes_back_by_itself(bed: Bed, address: str) -> None:
     bed.wait_for_health("healthy", BACK_SECONDS)
     assert set(states(bed).values()) == {"ok"}
@@ -171,10 +186,13 @@ def test_without_auth_services_what_is_known_works_and_the_rest_fails_at_once(be
     with bed.faults(fault):
         with within(AT_ONCE_SECONDS):
             assert rcode(bed, unknown_name()) == SERVFAIL
-        with within(KNOWN_SECONDS):
-            assert bed.resolve(name) == [address]
-            assert bed.resolve(fresh) == [fresh_address]
-            assert echo(bed, address)
+        assert is_known(
+            lambda: (
+                bed.resolve(name) == [address]
+                and bed.resolve(fresh) == [fresh_address]
+                and echo(bed, address)
+            )
+        )
         assert bed.seconds_until_refused(fresh_address, ECHO_PORT) < AT_ONCE_SECONDS
         wait_until(lambda: states(bed)["shaky.test"] == "unreachable", "the status says so")
         assert bed.health() == "degraded"
@@ -193,8 +211,7 @@ def test_without_a_proxy_connections_are_refused_at_once_until_it_is_back(bed):
         with contextlib.suppress(ConnectionResetError):
             assert end.recv(1) == b""
         assert bed.seconds_until_refused(address, ECHO_PORT) < AT_ONCE_SECONDS
-        with within(KNOWN_SECONDS):
-            assert bed.resolve(name) == [address]
+        assert is_known(lambda: bed.resolve(name) == [address])
         with within(AT_ONCE_SECONDS):
             assert rcode(bed, unknown_name()) == SERVFAIL
         wait_until(lambda: states(bed)["shaky.test"] == "unreachable", "the status says so")
@@ -212,9 +229,7 @@ def test_slow_lists_slow_only_names_that_were_never_asked_for(bed):
         with within(2 + AT_ONCE_SECONDS):
             assert bed.resolve(name) == [address]
             assert echo(bed, address)
-        with within(KNOWN_SECONDS):
-            assert bed.resolve(name) == [address]
-            assert echo(bed, address)
+        assert is_known(lambda: bed.resolve(name) == [address] and echo(bed, address))
         with within(AT_ONCE_SECONDS):
             assert bed.resolve(LONG_APP) == other
         # The resolver of the C library asks again until there is an answer.
@@ -370,12 +385,14 @@ def test_an_auth_service_that_hangs_is_given_up_in_time_and_disturbs_nothing_els
         refused.start()
         with within(CLIENT_SECONDS):
             assert rcode(bed, unknown_name()) == SERVFAIL
-        with within(KNOWN_SECONDS):
-            assert bed.resolve(name) == [address]
-            assert bed.resolve(fresh) == [fresh_address]
-            assert echo(bed, address)
-        with within(KNOWN_SECONDS):
-            assert rcode(bed, "www.example.org") == NXDOMAIN
+        assert is_known(
+            lambda: (
+                bed.resolve(name) == [address]
+                and bed.resolve(fresh) == [fresh_address]
+                and echo(bed, address)
+            )
+        )
+        assert is_known(lambda: rcode(bed, "www.example.org") == NXDOMAIN)
         refused.join()
         assert took[0] < CALL_SECONDS + AT_ONCE_SECONDS, took
         wait_until(lambda: states(bed)["shaky.test"] == "unreachable", "the status says so")

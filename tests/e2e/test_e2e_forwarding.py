@@ -171,7 +171,7 @@ def local(bed: Bed, uid: int, source: str, kind: socket.SocketKind) -> socket.so
             end = socket.socket(socket.AF_INET, kind)
         finally:
             os.seteuid(0)
-    end.settimeout(AT_ONCE_SECONDS)
+    end.settimeout(20)
     if source:
         end.bind((source, 0))
     return end

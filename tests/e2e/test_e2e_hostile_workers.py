@@ -16,6 +16,7 @@ from hostile_trigger import order
 from private_bed import PATIENCE_SECONDS, Bed, read_exactly, wait_until
 
 from ipc.addresses import owner_of_name
+from supervisor.patience import MAX_BELIEVED
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
@@ -78,7 +79,7 @@ def nothing_else_falls(bed: Bed, others: list[str], address: str) -> Iterator[No
     used = measures(bed, [*others, "supervisor"])
     with Transfer(bed, address):
         yield
-        # A question that is not answered in two seconds raises.
+        # A question that the supervisor does not answer raises.
         after = {name: bed.worker(name) for name in others}
     for name in others:
         assert after[name]["pid"] == before[name]["pid"], name
@@ -170,11 +171,14 @@ def test_attack_of_dns_that_cannot_be_told_from_bad_luck_is_borne(healthy_dns, a
     bed = healthy_dns
     seen = len(bed.log())
     with nothing_else_falls(bed, OTHERS, bed.resolve(ECHO)[0]):
-        order_dns(bed, attack, bed.worker("dns")["pid"])
-        while f"attack {attack} is over" not in bed.log()[seen:]:
+
+        def is_over() -> bool:
             # The others answer meanwhile: a question to a dns that is busy with evil may be lost.
             bed.status()
-            time.sleep(0.1)
+            return f"attack {attack} is over" in bed.log()[seen:]
+
+        order_dns(bed, attack, bed.worker("dns")["pid"])
+        wait_until(is_over, "it has attacked", 60)
         bed.connect(bed.resolve(ECHO)[0], 7).close()
         assert bed.resolve(ECHO)
     assert f"attack {attack} fails" not in bed.log()[seen:]
@@ -332,7 +336,8 @@ def test_proxy_that_accuses_tun_for_ever_is_replaced_itself(healthy_proxies):
         attack.begin()
         bed.wait_for_successor(attack.hostile, attack.pid)
         bed.wait_for_health("healthy")
-    assert bed.worker("tun")["restarts"] == restarts + 1
+    # Once, unless it is still speaking when the next tun is ready.
+    assert 1 <= bed.worker("tun")["restarts"] - restarts <= MAX_BELIEVED
     assert f"{attack.hostile} is killed: it accuses others too often" in bed.log()
     assert "\x1b" not in bed.log()
 

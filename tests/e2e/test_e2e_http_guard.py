@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from demo_bed import VNET, demo_bed
@@ -13,8 +14,9 @@ from private_bed import Bed, read_all, read_exactly, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
-APP_PORT, H2C_PORT, LETTERS_PORT = 7001, 7002, 7003
+APP_PORT, H2C_PORT, LETTERS_PORT, OTHER_PORT = 7001, 7002, 7003, 7004
 APP, H2C = "app.teleport.guard.test", "h2c.teleport.guard.test"
+OTHER = "other.teleport.guard.test"
 LETTERS, PORTS, ECHO = (f"{name}.teleport.guard.test" for name in ("letters", "ports", "echo"))
 CLUSTER = f"""
 [[clusters]]
@@ -24,6 +26,7 @@ apps = [
   {{ name = "app", uri = "tcp://127.0.0.1:{APP_PORT}" }},
   {{ name = "h2c", uri = "tcp://127.0.0.1:{H2C_PORT}" }},
   {{ name = "letters", uri = "tcp://127.0.0.1:{LETTERS_PORT}" }},
+  {{ name = "other", uri = "tcp://127.0.0.1:{OTHER_PORT}" }},
   {{ name = "echo", uri = "tcp://echo.backend.internal:7" }},
   {{ name = "ports", uri = "tcp://ports.backend.internal", tcp_ports = [{{ port = 8000 }}] }},
 ]
@@ -48,14 +51,20 @@ def app() -> CountingServer:
 
 
 @pytest.fixture(scope="module")
+def other() -> CountingServer:
+    """An app of which nobody cares what reaches it later."""
+    return CountingServer({"/": "the page"})
+
+
+@pytest.fixture(scope="module")
 def h2c() -> H2cServer:
     """An app that speaks HTTP/2 without TLS."""
     return H2cServer()
 
 
 @pytest.fixture(scope="module")
-def guarded(app, h2c) -> Iterator[Bed]:
-    """A demo with both."""
+def guarded(app, other, h2c) -> Iterator[Bed]:
+    """A demo with all of them."""
 
     def say_letters(connection: socket.socket) -> None:
         """Answers each read with what it was."""
@@ -65,6 +74,7 @@ def guarded(app, h2c) -> Iterator[Bed]:
     with (
         demo_bed(CLUSTER) as bed,
         bed.listening(APP_PORT, app.serve),
+        bed.listening(OTHER_PORT, other.serve),
         bed.listening(H2C_PORT, h2c.serve),
         bed.listening(LETTERS_PORT, say_letters),
     ):
@@ -93,6 +103,15 @@ def ask(bed: Bed, request: bytes, host: str = APP) -> bytes:
     with bed.connect(host, 80) as end:
         end.sendall(request)
         return read_all(end)
+
+
+def read_page(end: socket.socket) -> None:
+    """Returns when the app has answered."""
+    answer = b""
+    while not answer.endswith(b"the page"):
+        piece = end.recv(1000)
+        assert piece, answer
+        answer += piece
 
 
 def curl(bed: Bed, *arguments: str) -> str:
@@ -135,12 +154,16 @@ def test_by_another_name_it_is_refused_in_plain_sight(guarded, app):
     assert status == "1.1 421"
     assert "security.http_hosts" in text
     refused = f"HTTP request for Host '{name}' at {APP} refused: "
-    [line] = lines_about(guarded, refused)
+    [line] = wait_until(lambda: lines_about(guarded, refused), "the log tells of it")
     assert len(line) > len(refused) + 5
-    found = json.loads(guarded.output(VNET, "connections", "--json"))
-    shown = next(row for row in found["connections"] if row["end"] == "http_refused")
+
+    def look() -> dict[str, Any] | None:
+        rows = json.loads(guarded.output(VNET, "connections", "--json"))["connections"]
+        ends = (row for row in rows if row["end"] == "http_refused")
+        return next((row for row in ends if row["error"].startswith(f"Host '{name}': ")), None)
+
+    shown = wait_until(look, "it is in the list")
     assert (shown["name"], shown["state"], shown["bytes_sent"]) == (APP, "done", 0)
-    assert shown["error"].startswith(f"Host '{name}': ")
     assert f"http_refused: Host '{name}': " in guarded.output(VNET, "connections")
 
 
@@ -155,22 +178,21 @@ def test_later_wrong_request_resets_and_does_not_reach_the_app(guarded, app, sec
     app.forget()
     with counted(guarded), guarded.connect(APP, 80) as end:
         end.sendall(GET)
-        answer = b""
-        while not answer.endswith(b"the page"):
-            answer += end.recv(1000)
+        read_page(end)
         end.sendall(second)
         with pytest.raises(ConnectionResetError):
             read_all(end)
     assert app.received == GET
 
 
-def test_pipelined_wrong_request_does_not_reach_the_app(guarded, app):
-    app.forget()
-    with counted(guarded), guarded.connect(APP, 80) as end:
-        end.sendall(GET + WRONG)
+def test_pipelined_wrong_request_does_not_reach_the_app(guarded, other):
+    right = GET.replace(APP.encode(), OTHER.encode())
+    with counted(guarded), guarded.connect(OTHER, 80) as end:
+        end.sendall(right + WRONG)
         with pytest.raises(ConnectionResetError):
             read_all(end)
-    assert GET.startswith(app.received)
+    # The right one may or may not reach it, perhaps later.
+    assert right.startswith(other.received)
 
 
 def test_websocket_opens_for_the_apps_own_pages_alone(guarded, app):
@@ -225,7 +247,9 @@ def test_bytes_one_by_one_are_judged_as_one(guarded, app):
         assert read_all(end).endswith(b"hi")
     assert app.received == request
     with one_refusal(guarded, app), guarded.connect(APP, 80) as end:
-        send_slowly(end, WRONG)
+        # In one piece: the word of a program that stops in the middle of it passes ahead.
+        end.sendall(WRONG[: len(b"GET /")])
+        send_slowly(end, WRONG[len(b"GET /") :])
         assert read_all(end).startswith(b"HTTP/1.1 421 ")
 
 
@@ -285,7 +309,8 @@ def test_other_protocols_are_left_alone(guarded):
             began = time.monotonic()
             end.sendall(word)
             assert read_exactly(end, len(word) + 2) == b"<" + word + b">"
-            assert time.monotonic() - began < 2
+            # Sooner than a request is given up, after 10 s.
+            assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -294,7 +319,9 @@ def test_other_protocols_are_left_alone(guarded):
 )
 def test_check_can_be_switched_off_by_reload_for_new_connections(guarded, app, security):
     with guarded.connect(APP, 80) as before:
-        before.sendall(WRONG[:20])
+        # The answer shows that VNet has taken it: to the program it is connected a moment earlier.
+        before.sendall(GET)
+        read_page(before)
         reload(guarded, security=security)
         try:
             assert b"\r\n\r\nthe page" in ask_once(guarded, APP, WRONG)
@@ -303,8 +330,9 @@ def test_check_can_be_switched_off_by_reload_for_new_connections(guarded, app, s
             is_unchecked = security.get("http_hosts") == {APP: ["*"]}
             assert status["http_unchecked"] == ([APP] if is_unchecked else [])
             # A connection keeps the rules that it began with.
-            before.sendall(WRONG[20:])
-            assert read_all(before).startswith(b"HTTP/1.1 421 ")
+            before.sendall(WRONG)
+            with pytest.raises(ConnectionResetError):
+                read_all(before)
         finally:
             reload(guarded, security={"http_check": True, "http_hosts": {}})
     with one_refusal(guarded, app):

@@ -10,16 +10,20 @@ from private_bed import Bed, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
-OWN_PORT, WEB_PORT = 7001, 8000
-OWN = "own.teleport.guard.test"
+OWN_PORT, OTHER_PORT, WEB_PORT = 7001, 7002, 8000
+OWN, OTHER = "own.teleport.guard.test", "other.teleport.guard.test"
 CLUSTER = f"""
 [[clusters]]
 name = "guard.test"
 proxy_addr = "teleport.guard.test:3080"
-apps = [{{ name = "own", uri = "tcp://127.0.0.1:{OWN_PORT}" }}]
+apps = [
+  {{ name = "own", uri = "tcp://127.0.0.1:{OWN_PORT}" }},
+  {{ name = "other", uri = "tcp://127.0.0.1:{OTHER_PORT}" }},
+]
 """
 DNS, ATTACKER = "127.0.0.55", "127.0.0.66"
 EVIL, OTHER_SITE = f"http://evil.test:{WEB_PORT}", f"http://other.test:{WEB_PORT}"
+ENDLESS = f"http://endless.test:{WEB_PORT}"
 APP = f"http://{OWN}:{WEB_PORT}"
 REFUSED_TEXT = "VNet passes on only requests that name the app"
 # Browsers would ask for one some time after the page, perhaps during the next test.
@@ -87,10 +91,24 @@ def site() -> CountingServer:
 
 
 @pytest.fixture(scope="module")
-def guarded(app) -> Iterator[Bed]:
-    """A demo with one app, and other names in its DNS: the rebound one has the app's address too."""
-    with demo_bed(CLUSTER) as bed, bed.listening(OWN_PORT, app.serve):
-        names = {"evil.test": [ATTACKER, bed.resolve(OWN)[0]], "other.test": [ATTACKER]}
+def other_app() -> CountingServer:
+    """Another, of which no other test cares what reaches it later."""
+    return CountingServer({})
+
+
+@pytest.fixture(scope="module")
+def guarded(app, other_app) -> Iterator[Bed]:
+    """A demo with two apps, and other names in its DNS: the rebound ones have an app's address too."""
+    with (
+        demo_bed(CLUSTER) as bed,
+        bed.listening(OWN_PORT, app.serve),
+        bed.listening(OTHER_PORT, other_app.serve),
+    ):
+        names = {
+            "evil.test": [ATTACKER, bed.resolve(OWN)[0]],
+            "endless.test": [ATTACKER, bed.resolve(OTHER)[0]],
+            "other.test": [ATTACKER],
+        }
         with own_dns(bed, DNS, names):
             reload(bed, dns={"upstream": [DNS]})
             yield bed
@@ -102,11 +120,11 @@ def browser(guarded) -> Iterator[Browser]:
         yield browser
 
 
-def rebound_page(bed: Bed, browser: Browser, site: CountingServer) -> Page:
-    """A page of evil.test, whose own server is gone: what it asks for now goes to the app's address."""
+def rebound_page(bed: Bed, browser: Browser, site: CountingServer, origin: str = EVIL) -> Page:
+    """A page whose own server is gone: what it asks for now goes to the app's address."""
     page = browser.page()
     with bed.listening(WEB_PORT, site.serve, ATTACKER):
-        page.open(f"{EVIL}/")
+        page.open(f"{origin}/")
         assert page.run("document.title") == "Another site"
     return page
 
@@ -133,19 +151,19 @@ def test_rebound_page_reaches_nothing(guarded, browser, app, site):
     # The app has got connections, which VNet made before it knew what would come, and nothing through them.
     assert app.received == b""
     wait_until(lambda: refused_requests(guarded) >= before + 11, "all are counted")
-    assert lines_about(guarded, f"HTTP request for Host 'evil.test:{WEB_PORT}' at {OWN} refused: ")
+    told = f"HTTP request for Host 'evil.test:{WEB_PORT}' at {OWN} refused: "
+    wait_until(lambda: lines_about(guarded, told), "the log tells of it")
 
 
 def test_only_the_word_of_a_request_with_an_endless_method_reaches_the_app(
-    guarded, browser, app, site
+    guarded, browser, other_app, site
 ):
-    page = rebound_page(guarded, browser, site)
-    app.forget()
+    page = rebound_page(guarded, browser, site, ENDLESS)
     before = refused_requests(guarded)
     method = "{method: 'X'.repeat(300000), body: 'everything'}"
-    run(page, FETCH, quoted(EVIL), method)
+    run(page, FETCH, quoted(ENDLESS), method)
     wait_until(lambda: refused_requests(guarded) > before, "it is counted")
-    assert set(app.received) <= set(b"X ")
+    assert set(other_app.received) <= set(b"X ")
 
 
 def test_the_same_page_takes_everything_from_an_app_that_is_not_checked(guarded, app, site):
@@ -181,7 +199,8 @@ def test_a_form_of_the_app_is_refused_if_its_page_hides_where_it_comes_from(guar
     page.open(f"{APP}/")
     page.run("document.head.innerHTML = '<meta name=referrer content=no-referrer>'")
     assert "security.http_origins" in run(page, FORM, quoted(APP))
-    assert lines_about(guarded, "refused: its page does not say its site (Origin: null)")
+    told = "refused: its page does not say its site (Origin: null)"
+    wait_until(lambda: lines_about(guarded, told), "the log tells of it")
     posted = run(page, FETCH, quoted(APP), "{method: 'POST', body: 'x'}")
     assert posted == ["basic", 200, "x"]
     page.run("document.head.innerHTML = '<meta name=referrer content=same-origin>'")

@@ -1,6 +1,7 @@
 """Logins that come, end, change and are renewed while VNet runs, as `tsh` writes them."""
 
 import contextlib
+import itertools
 import shutil
 import socket
 import time
@@ -11,6 +12,8 @@ import pytest
 from bare_clusters import UPSTREAM_ADDRESS, cluster_in, copy_login, remove_login, upstream_dns
 from demo_bed import bare_bed, supervisor_in
 from private_bed import AT_ONCE_SECONDS, Bed, read_all, read_exactly, wait_until
+
+from ipc.addresses import owner_of_name
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
@@ -62,8 +65,9 @@ ca_file = "{ca_file}"
 """
 APP = "echo.zone.test"
 SERVER = "100.64.0.2"
-# After a change of the home, on a machine that may be busy.
-SOON_SECONDS = 2.0
+# Generous: a login that is gone is believed after a second. VNet looks at the home without being told
+# of a change after 30 s.
+SOON_SECONDS = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,14 @@ def leads_upstream(bed: Bed, name: str) -> None:
     wait_until(lambda: resolve(bed, name) == UPSTREAM_ADDRESS, f"no {name}", SOON_SECONDS)
 
 
+def leads_upstream_everywhere(bed: Bed, host: str) -> None:
+    """Returns once no proxy takes names below `host` for VNet's."""
+    proxies = sum(name.startswith("proxy-") for name in bed.pids())
+    for index in range(proxies):
+        names = (f"nobodys-{number}.{host}" for number in itertools.count())
+        leads_upstream(bed, next(n for n in names if owner_of_name(n, proxies) == index))
+
+
 def exchange(end: socket.socket, text: bytes) -> None:
     end.sendall(text)
     assert read_exactly(end, len(text)) == text
@@ -152,12 +164,11 @@ def is_refused(bed: Bed, address: str) -> bool:
     return False
 
 
-def assert_cut_at_once(end: socket.socket) -> None:
+def assert_cut_soon(end: socket.socket) -> None:
     """The connection is reset, not ended."""
-    began = time.monotonic()
+    end.settimeout(SOON_SECONDS)
     with pytest.raises(ConnectionResetError):
         end.recv(1)
-    assert time.monotonic() - began < AT_ONCE_SECONDS
 
 
 def works_soon(bed: Bed, name: str) -> None:
@@ -183,7 +194,7 @@ def test_a_logout_cuts_connections_and_the_next_login_works_by_itself(bed):
     with bed.connect(address, 7) as end:
         exchange(end, b"hello")
         with bed.faults("logout"):
-            assert_cut_at_once(end)
+            assert_cut_soon(end)
             leads_upstream(bed, APP)
             bed.wait_for_health("degraded")
             # Degraded with the first proxy that notices; the list is another one's.
@@ -207,9 +218,10 @@ def test_a_logout_from_one_cluster_is_shown_as_no_login(bed):
         exchange(end, b"hello")
         (home / "keys").rename(home / "away")
         try:
-            assert_cut_at_once(end)
+            assert_cut_soon(end)
             bed.wait_for_health("degraded")
-            assert clusters(bed) == {"main.test": ("alice", "no_login")}
+            without = {"main.test": ("alice", "no_login")}
+            wait_until(lambda: clusters(bed) == without, "the status says so")
             assert f"run tsh login --proxy={MAIN}:3080" in reasons(bed)
             leads_upstream(bed, APP)
             assert resolve(bed, "example.org") == UPSTREAM_ADDRESS
@@ -223,14 +235,14 @@ def test_another_user_gets_no_connection_of_the_one_before(bed):
     with bed.connect(address, 7) as end:
         exchange(end, b"hello")
         with bed.faults("other_user bob"):
-            assert_cut_at_once(end)
+            assert_cut_soon(end)
             wait_until(lambda: clusters(bed) == {"main.test": ("bob", "ok")}, "bob is logged in")
             # The cluster refuses certificates of one user to the other.
             works_soon(bed, address)
             assert resolve(bed, APP) == address
             bobs = bed.connect(address, 7)
     with bobs:
-        assert_cut_at_once(bobs)
+        assert_cut_soon(bobs)
     wait_until(lambda: clusters(bed) == {"main.test": ("alice", "ok")}, "alice is logged in")
     works_soon(bed, APP)
 
@@ -271,7 +283,7 @@ def test_a_login_that_is_written_slowly_over_the_old_one_cuts_nothing(bed):
         copy_login(earlier, home, MAIN, write_slowly)
         assert key.read_bytes() == first
         works_soon(bed, APP)
-        assert clusters(bed) == {"main.test": ("alice", "ok")}
+        wait_until(lambda: clusters(bed) == {"main.test": ("alice", "ok")}, "the login is good")
         # The embedded cluster renews certificates only of keys that it has made last.
         with bed.faults("other_user alice"):
             wait_until(lambda: key.read_bytes() != first, "there is a new key")
@@ -289,10 +301,15 @@ def test_an_expired_login_cuts_nothing_and_refuses_what_is_new(bed):
             assert resolve(bed, APP) == address
             assert resolve(bed, "example.org") == UPSTREAM_ADDRESS
             told = len(refusals(bed, "the login expired at"))
-            # The status has it from the first proxy that notices, perhaps not from the address's.
-            wait_until(lambda: is_refused(bed, address), "it is noticed", SOON_SECONDS)
+
+            def is_refused_as_expired() -> bool:
+                is_told = len(refusals(bed, "the login expired at")) > told
+                return is_refused(bed, address) and is_told
+
+            # The status has it from the first proxy that notices, perhaps not from the address's: that
+            # may refuse before because the cluster has cut it off.
+            wait_until(is_refused_as_expired, "it is noticed, and the log says so", SOON_SECONDS)
             assert bed.seconds_until_refused(address, 7) < AT_ONCE_SECONDS
-            wait_until(lambda: len(refusals(bed, "the login expired at")) > told, "a log line")
             assert "run tsh login" in refusals(bed, "the login expired at")[-1]
         wait_until(lambda: clusters(bed)["main.test"][1] == "ok", "the login is renewed")
         works_soon(bed, address)
@@ -321,6 +338,8 @@ def another_profile(
     finally:
         remove_login(home, name)
         wait_until(lambda: list(clusters(bed)) == ["main.test"], "the profile is gone")
+        # The list is one proxy's; a login that comes next must not be its successor for another.
+        leads_upstream_everywhere(bed, name)
 
 
 def test_a_profile_that_comes_is_used_though_it_is_written_slowly(bed):
@@ -335,7 +354,7 @@ def test_a_profile_that_comes_is_used_though_it_is_written_slowly(bed):
             with bed.connect(resolve(bed, name), 7) as end:
                 exchange(end, b"hello")
                 remove_login(home_of(bed), OLD)
-                assert_cut_at_once(end)
+                assert_cut_soon(end)
             copy_login(others_of(bed), home_of(bed), OLD)
             works_soon(bed, name)
         leads_upstream(bed, name)
@@ -436,3 +455,4 @@ def test_a_profile_that_cannot_be_used_is_reported_and_disturbs_no_other(bed, sp
         remove_login(home, OLD)
         shutil.rmtree(ready)
         bed.wait_for_health("healthy")
+        wait_until(lambda: list(clusters(bed)) == ["main.test"], "the profile is gone")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import socket
 import threading
@@ -210,7 +211,7 @@ def test_a_declined_connection_is_refused_and_the_next_one_asks_again(bed):
             wait_for_prompts(bed, number, "declined")
             status, told = mfa(bed, "n")
             assert (status, "app page in declined.test: declined" in told) == (0, True), told
-            status, told = waiting.result(AT_ONCE_SECONDS)
+            status, told = waiting.result()
             assert status == COULD_NOT_CONNECT, told
     wait_until(
         lambda: (
@@ -323,6 +324,8 @@ ca_file = "{home}/web-ca.pem"
 mfa_seconds = {seconds}
 """
 SERVER = "100.64.0.2"
+# So long connections wait where nobody answers: enough to type a code on a machine that is busy.
+LATE_SECONDS = 8
 
 
 @pytest.fixture(scope="module")
@@ -364,14 +367,19 @@ def echo_in_background(bed: Bed, address: str) -> Iterator[None]:
 
 def test_when_nobody_answers_the_connection_is_refused_in_time_and_the_next_one_asks_again(own_bed):
     bed = own_bed
-    config = own_config(bed.environment["TELEPORT_HOME"], 5)
+    config = own_config(bed.environment["TELEPORT_HOME"], LATE_SECONDS)
     with supervisor_in(bed, config=config, name="late"):
         bed.wait_for_health("healthy")
         address = own_address(bed, "late")
         with terminal(bed, "vnet", "mfa", "--watch") as screen:
             screen.expect("waiting for prompts")
-            assert 4 < bed.seconds_until_refused(address, 7) < 5 + AT_ONCE_SECONDS
-            screen.expect("app late in own.test waits for a second factor of alice, 5 s are left")
+            # In time: `connect` waits no longer than 20 s.
+            assert bed.seconds_until_refused(address, 7) > LATE_SECONDS - 1
+            screen.expect("app late in own.test waits for a second factor of alice, ")
+            screen.expect(" s are left")
+            # The proxy may have been told of the screen a moment after the connection.
+            left = re.findall(r"of alice, (\d+) s are left", screen.text)[-1]
+            assert LATE_SECONDS - 3 <= int(left) <= LATE_SECONDS
             screen.expect("app late in own.test: nobody gave the second factor in time")
             wait_until(
                 lambda: "nobody gave it in time: run vnet mfa and connect again" in bed.log(),
@@ -438,6 +446,12 @@ BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration
 </busconfig>"""
 
 
+def listens_at(path: Path) -> bool:
+    """Whether somebody accepts connections there: a socket has its path before."""
+    with socket.socket(socket.AF_UNIX) as end:
+        return end.connect_ex(str(path)) == 0
+
+
 def test_the_desktop_tells_of_a_prompt(own_bed):
     bed = own_bed
     path, shown = bed.directory / "bus", bed.directory / "desktop.log"
@@ -446,7 +460,7 @@ def test_the_desktop_tells_of_a_prompt(own_bed):
     with contextlib.ExitStack() as closing:
         arguments = ("dbus-daemon", f"--config-file={bed.directory}/bus.conf", "--nofork")
         closing.enter_context(bed.running(*arguments))
-        wait_until(path.exists, "the bus is there")
+        wait_until(lambda: listens_at(path), "the bus is there")
         closing.enter_context(bed.running(*program(DESKTOP), env=env, log_name="desktop"))
         wait_until(lambda: "ready" in shown.read_text(), "the desktop is there")
         config = own_config(bed.environment["TELEPORT_HOME"], 110)

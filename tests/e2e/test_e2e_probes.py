@@ -40,6 +40,8 @@ def probed_bed() -> Iterator[Bed]:
 def probed(probed_bed) -> Bed:
     """The same, healthy again and for a while."""
     probed_bed.wait_for_health("healthy")
+    # On a busy machine as well: whoever has got no processor yet is waited for.
+    probed_bed.wait_for_counters()
     time.sleep(SETTLED_SECONDS)
     return probed_bed
 

@@ -436,8 +436,9 @@ def test_agent_of_the_user_is_forwarded(bed):
     agent, key = bed.directory / "agent.sock", bed.directory / "agent-key"
     bed.output("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "mine", "-f", str(key))
     with started(bed, "ssh-agent", "-D", "-a", str(agent)):
-        wait_until(agent.exists, "the agent is there")
         env = {"SSH_AUTH_SOCK": str(agent)}
+        # Its socket is there a moment before it can be reached; without keys the status is 1.
+        wait_until(lambda: bed.run("ssh-add", "-l", env=env).returncode == 1, "the agent is there")
         bed.output("ssh-add", "-q", str(key), env=env)
         listed = ssh(bed, "real.ssh.test", "ssh-add -l", options=["-A"], env=env)
         assert b" mine (ED25519)" in listed.stdout, listed.stderr

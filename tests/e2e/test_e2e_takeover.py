@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dnslib
@@ -20,7 +20,6 @@ from shared_cluster import CLUSTER, CONFIG
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
 ECHO = "echo.teleport.e2e.test"
-RESET_SECONDS = 1.0
 # A machine with nothing else to do needs less than two; this one may be busy with other tests.
 BACK_SECONDS = 20.0
 
@@ -48,14 +47,12 @@ def idle_connections(bed: Bed, number: int) -> list[socket.socket]:
 
 
 def require_reset(ends: list[socket.socket], began: float) -> None:
-    """Each of these idle connections is reset in time."""
+    """Each of these idle connections is reset: nobody could do that later, when tun has gone as well."""
     for end in ends:
         end.settimeout(10)
         with end, pytest.raises(ConnectionResetError):
             end.recv(1)
-    seconds = time.monotonic() - began
-    print(f"old connections were reset after {seconds:.2f} s")
-    assert seconds < RESET_SECONDS
+    print(f"old connections were reset after {time.monotonic() - began:.2f} s")
 
 
 def test_idle_connections_are_reset_when_the_supervisor_is_killed(doomed):
@@ -67,9 +64,8 @@ def test_idle_connections_are_reset_when_the_supervisor_is_killed(doomed):
     began = time.monotonic()
     bed.kill(status["supervisor"]["pid"])
     require_reset(ends, began)
-    wait_until(lambda: not any(map(is_running, workers)), "the workers have ended", 1)
-    assert not is_running(supervisor)
-    wait_until(lambda: "vnet0" not in links(bed), "the interface is gone", 2)
+    wait_until(lambda: not any(map(is_running, [supervisor, *workers])), "they have ended")
+    wait_until(lambda: "vnet0" not in links(bed), "the interface is gone")
 
 
 # -- with a service manager that keeps descriptors --
@@ -86,11 +82,17 @@ class Service:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         return [event[kind] for event in map(json.loads, lines) if kind in event]
 
-    def kill_supervisor(self) -> float:
-        """Returns when it and its proxies are gone; when it was killed, monotonic seconds."""
+    def kill_supervisor(self, before: Callable[[], object] | None = None) -> float:
+        """Returns when it and its proxies are gone; when it was killed, monotonic seconds.
+
+        What `before` does it does not notice any more.
+        """
         supervisor = self.bed.outer_pid(self.bed.status()["supervisor"]["pid"])
         # tun lives a moment longer.
         processes = [supervisor, *children(supervisor)[1:]]
+        if before is not None:
+            os.kill(supervisor, signal.SIGSTOP)
+            before()
         began = time.monotonic()
         os.kill(supervisor, signal.SIGKILL)
         wait_until(lambda: not any(map(is_running, processes)), "it is dead")
@@ -108,7 +110,7 @@ def place() -> Iterator[Bed]:
 
 
 def wait_until_gone(bed: Bed) -> None:
-    wait_until(lambda: bed.health() == "none", "VNet has ended")
+    bed.wait_until_ended()
     wait_until(lambda: not any("vnet" in name for name in links(bed)), "its interface is gone")
 
 
@@ -213,9 +215,12 @@ def test_a_link_that_does_not_fit_any_more_is_made_anew(service):
 def test_what_was_taken_from_the_link_meanwhile_is_mended(service):
     bed = service.bed
     before = links(bed)["vnet0"]
-    bed.output("ip", "address", "flush", "dev", "vnet0")
-    bed.output("ip", "link", "set", "vnet0", "down")
-    service.kill_supervisor()
+
+    def take_away() -> None:
+        bed.output("ip", "address", "flush", "dev", "vnet0")
+        bed.output("ip", "link", "set", "vnet0", "down")
+
+    service.kill_supervisor(take_away)
     bed.wait_for_health("healthy")
     assert seconds_until_echo(bed, time.monotonic())
     assert links(bed)["vnet0"] == before
@@ -223,8 +228,8 @@ def test_what_was_taken_from_the_link_meanwhile_is_mended(service):
 
 def test_a_deleted_link_is_made_anew(service):
     bed = service.bed
-    bed.output("ip", "link", "del", "vnet0")
-    service.kill_supervisor()
+    # Otherwise it ends by itself, perhaps before it is killed: the manager of this test then leaves it so.
+    service.kill_supervisor(lambda: bed.output("ip", "link", "del", "vnet0"))
     wait_until(lambda: bed.health() == "healthy" and "vnet0" in links(bed), "it is back")
     assert seconds_until_echo(bed, time.monotonic())
 

@@ -264,7 +264,6 @@ def test_a_version_that_fails_in_the_middle_leaves_nothing_behind(installed):
         end.settimeout(5)
         with pytest.raises(ConnectionResetError):
             end.recv(1)
-        assert not is_running(supervisor)
-        wait_until(lambda: not any(map(is_running, workers)), "the workers have ended", 2)
-        wait_until(lambda: "vnet0" not in bed.output("ip", "link"), "the interface is gone", 2)
+        wait_until(lambda: not any(map(is_running, [supervisor, *workers])), "they have ended")
+        wait_until(lambda: "vnet0" not in bed.output("ip", "link"), "the interface is gone")
         assert not bed.run_dir.exists()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from database_servers import postgres_in
 from demo_bed import VNET, demo_bed
-from private_bed import Bed, lines_of, wait_until
+from private_bed import AT_ONCE_SECONDS, Bed, lines_of, wait_until
 from sshd_server import own_user
 from two_users import CONNECTED, LEFT, REFUSED, attempts, one_after_the_other, own_address
 
@@ -50,8 +50,10 @@ restart_window_seconds = 1
 """
 # netinet/tcp.h; Python has no names for them.
 TCP_FASTOPEN_CONNECT, TCP_FASTOPEN_NO_COOKIE = 30, 34
-# A refusal takes a few milliseconds; nothing that it could wait for by mistake is as quick as this.
+# A refusal takes a few milliseconds; nothing that it could wait for by mistake is as quick as this. On a busy
+# machine a few of many may have to wait for a processor.
 REFUSAL_SECONDS = 1.0
+SLOWER_REFUSALS = 2
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def bed(users_bed) -> Iterator[Bed]:
     yield users_bed
     if path.read_text() != before:
         path.write_text(before)
-        users_bed.output(VNET, "reload")
+        users_bed.reload()
 
 
 def config_path(bed: Bed) -> Path:
@@ -81,7 +83,7 @@ def use_security(bed: Bed, lines: str) -> str:
     """Writes the section anew and reloads; what `vnet reload` says."""
     path = config_path(bed)
     path.write_text(path.read_text().replace(f'allow_users = ["{ALLOWED}"]', lines))
-    return bed.output(VNET, "reload")
+    return bed.reload()
 
 
 def place(bed: Bed, name: str = ECHO, port: int = 7, kind: str = "A") -> dict[str, Any]:
@@ -105,7 +107,8 @@ def test_root_and_allowed_users_connect_and_others_are_refused_at_once(bed):
     ]
     times = sorted(seconds for name, _, seconds in lane if name == STRANGER)
     print(f"refused after {times[25] * 1000:.1f} ms (median), {times[-1] * 1000:.1f} ms (longest)")
-    assert times[-1] < REFUSAL_SECONDS
+    assert times[-1 - SLOWER_REFUSALS] < REFUSAL_SECONDS
+    assert times[-1] < AT_ONCE_SECONDS
 
 
 def test_psql_of_another_user_is_refused(bed):
@@ -282,7 +285,7 @@ def test_reload_adds_users_and_members_and_takes_them_away_again(bed):
     text = config.read_text()
     # Whose primary group it is.
     config.write_text(text.replace(f'allow_users = ["{STRANGER}"]', f'allow_groups = ["{THIRD}"]'))
-    bed.output(VNET, "reload")
+    bed.reload()
     assert outcomes(bed, wanted, *who) == [REFUSED, REFUSED, CONNECTED]
 
 
@@ -306,7 +309,7 @@ def test_members_that_a_group_has_got_may_connect_after_a_hangup_signal(bed):
         wait_until(lambda: outcomes(bed, wanted, STRANGER) == [CONNECTED], "the member may connect")
     finally:
         bed.output("umount", "/etc/group")
-    bed.output(VNET, "reload")
+    bed.reload()
     assert outcomes(bed, wanted, STRANGER, ALLOWED) == [REFUSED, CONNECTED]
 
 
@@ -348,7 +351,11 @@ def test_each_worker_asks_with_a_socket_of_its_own(bed):
     sockets = []
     for name in (bed.owner_of(wanted["address"]), "ssh", "dns"):
         directory = Path(f"/proc/{bed.outer_pid(bed.worker(name)['pid'])}/fd")
-        links = {str(entry.readlink()) for entry in directory.iterdir()}
+        links = set()
+        for entry in directory.iterdir():
+            # Those of connections and questions may be closed just now.
+            with contextlib.suppress(FileNotFoundError):
+                links.add(str(entry.readlink()))
         sockets.append(netlink_sockets(bed) & links)
     assert [len(own) for own in sockets] == [1, 1, 1]
     assert len(set.union(*sockets)) == 3

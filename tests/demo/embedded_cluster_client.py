@@ -38,6 +38,7 @@ class TlsClient:
         self.sock = address if connected else socket.create_connection(address, timeout=10)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=server_name)
+        self.unread = b""
         try:
             self._run(self.tls.do_handshake)
         except BaseException:
@@ -73,12 +74,19 @@ class TlsClient:
         self._flush()
 
     def send_eof(self):
+        # OpenSSL looks for the other end's close_notify at once, and fails if it finds data.
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            while data := self.tls.read(65536):
+                self.unread += data
         with contextlib.suppress(ssl.SSLWantReadError):
             self.tls.unwrap()
         self._flush()
 
     def recv(self):
         """Some plaintext; empty after the server's close_notify."""
+        if self.unread:
+            data, self.unread = self.unread, b""
+            return data
         try:
             return self._run(self.tls.read, 65536)
         except ssl.SSLZeroReturnError:

@@ -140,7 +140,7 @@ def run_in_bed(tmp_path: Path, scenario) -> None:
         while open_descriptors() > before:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # one of a test before may have ended
 
 
 def test_client_and_server_talk_both_ways(tmp_path):

@@ -27,7 +27,7 @@ def raw_ends():
     yield ends
     for end in ends:
         end.close()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # one of a test before may be closed meanwhile
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_descriptors_that_a_worker_sends_are_closed_unseen_and_forbidden(raw_end
             socket.send_fds(raw_ends[1], [codec.encode(m.Ready())], [null.fileno()] * 100)
             with pytest.raises(ForbiddenMessageError, match="may not send descriptors"):
                 supervisor.receive()
-        assert open_descriptors() == before
+        assert open_descriptors() <= before
 
 
 def test_descriptors_of_a_malformed_message_are_closed(raw_ends, worker):
@@ -105,7 +105,7 @@ def test_descriptors_of_a_malformed_message_are_closed(raw_ends, worker):
         socket.send_fds(raw_ends[0], [b"\xc1"], [null.fileno()] * 3)
         with pytest.raises(MalformedMessageError):
             worker.receive()
-        assert open_descriptors() == before
+        assert open_descriptors() <= before
 
 
 def test_end_of_file_means_that_the_other_is_gone(raw_ends, supervisor, worker):

@@ -167,7 +167,7 @@ def test_log_that_is_taken_away_goes_on_elsewhere(gathered):
     wait_for(lambda: len(gathered.records) == 3 and waiting_bytes(reader) == 0)
     began = time.monotonic()
     descriptor, unread = first.detach()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < logpipe._JOIN_SECONDS
     assert not first.thread.is_alive()
     assert (descriptor, unread) == (reader, data[:7])
     os.write(writer, data[7:] + data)
@@ -189,7 +189,7 @@ def test_flooded_log_is_taken_away_at_once(gathered):
         wait_for(lambda: len(gathered.records) >= 2000)
         began = time.monotonic()
         descriptor, _ = receiving.detach()
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < logpipe._JOIN_SECONDS
     assert not receiving.thread.is_alive()
     os.close(descriptor)
     os.close(writer)
@@ -414,7 +414,7 @@ def test_fifty_worker_starts_leave_no_thread_and_no_descriptor(gathered):
     for _ in range(50):
         start_and_end()
     assert open_descriptors() <= descriptors
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # one of a test before may have ended
     gc.collect()
     assert len(logging._handlerList) <= handlers
     assert len(gathered.records) == 51
@@ -431,6 +431,6 @@ def test_worker_keeps_no_thread_of_its_log_handler():
     reader, writer = make_pipe()
     before = threading.active_count()
     WorkerLogHandler(writer)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     os.close(reader)
     os.close(writer)

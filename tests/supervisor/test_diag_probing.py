@@ -271,8 +271,8 @@ def test_what_hangs_is_left_behind_and_the_rest_counts():
 
     heard: list[str] = []
     began = time.monotonic()
-    found = run_all({"hangs": never.wait, "fails": fail, "works": lambda: "x"}, 0.3, heard.append)
-    assert time.monotonic() - began < 5
+    found = run_all({"hangs": never.wait, "fails": fail, "works": lambda: "x"}, 2.0, heard.append)
+    assert time.monotonic() - began < 10
     never.set()
     assert sorted(heard) == ["fails", "works"]
     assert list(found) == ["hangs", "fails", "works"]
@@ -303,12 +303,13 @@ def test_output_of_a_program_is_taken_with_its_errors(program):
 
 
 def test_program_that_hangs_or_floods_is_cut(program, monkeypatch):
-    monkeypatch.setattr(programs, "SECONDS", 1.0)
+    monkeypatch.setattr(programs, "SECONDS", 3.0)
     began = time.monotonic()
     attempt = programs.run([program("echo begin; exec sleep 60")])
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert attempt.output == "begin"
-    assert "ended after 1 s" in attempt.error
+    assert "ended after 3 s" in attempt.error
+    monkeypatch.setattr(programs, "SECONDS", 60.0)
     monkeypatch.setattr(programs, "MAX_BYTES", 1000)
     attempt = programs.run([program("head -c 100000 /dev/zero | tr '\\0' x")])
     assert attempt.output == "x" * 1000 + "\n[cut here]"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor import logs
+from supervisor import logs, standard_error
 from supervisor.log_book import LogBook
 
 
@@ -237,7 +237,9 @@ def test_a_terminal_that_stands_still_holds_nobody_up_and_is_not_changed(size):
         os.close(handler._standard_error._descriptor)
 
 
-def test_threads_do_not_write_into_each_others_lines(pipe):
+def test_threads_do_not_write_into_each_others_lines(pipe, monkeypatch):
+    # A reader that comes late costs no line here.
+    monkeypatch.setattr(standard_error, "PATIENCE_SECONDS", 60.0)
     reader, writer = pipe
     handler = logs.StandardErrorHandler("json", LogBook("run"), descriptor=writer)
     threads = [

@@ -1,5 +1,6 @@
 """How a program is checked and executed anew (supervisor.upgrade), with small programs in its place."""
 
+import gc
 import json
 import os
 import signal
@@ -103,12 +104,13 @@ def test_program_that_is_not_there_is_an_error():
 
 
 def test_check_leaves_nothing_open():
+    gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
     outcome(Check(python("pass"), state(), time.monotonic()))
     check = Check(python("import time; time.sleep(100)"), state(), 0.0)
     check.close()
     check.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 # -- the order --

@@ -363,7 +363,9 @@ def test_too_large_message_is_dropped_and_the_worker_lives_on(run, caplog):
     run(scenario)
 
 
-def test_flood_of_breaches_is_reported_once(run):
+def test_flood_of_breaches_is_reported_once(run, monkeypatch):
+    monkeypatch.setattr(module, "REPORT_SECONDS", 1000.0)
+
     async def scenario(bed: Bed) -> None:
         for _ in range(100):
             bed.runtime._report_breach("proxy-0", ForbiddenMessageError("x" * 900))

@@ -136,7 +136,7 @@ def test_silent_proxy_is_followed_by_the_next_and_then_given_up(
 def test_late_answer_of_the_first_proxy_is_taken() -> None:
     async def main() -> None:
         bus = Bus()
-        resolver = connected(bus, 2, attempt_seconds=0.02)
+        resolver = connected(bus, 2, attempt_seconds=0.5)
         task = start(resolver.resolve_name(NAME))
         await wait_until(lambda: len(bus.sent) == 2)
         answer(bus, 0)

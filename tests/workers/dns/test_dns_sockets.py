@@ -236,7 +236,8 @@ def test_idle_tcp_connection_is_closed(sent: bytes) -> None:
         async with serving(tcp_limits=TcpLimits(idle_seconds=0.05)) as front:
             reader, writer = await connect_tcp(front.tcp)
             writer.write(sent)
-            assert await reader.read() == b""
+            with contextlib.suppress(ConnectionResetError):  # what is sent may come too late
+                assert await reader.read() == b""
             writer.close()
 
     run(main())

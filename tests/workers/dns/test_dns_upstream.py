@@ -139,7 +139,7 @@ def test_flood_of_forged_answers_ends_the_try() -> None:
 def test_silence_ends_after_the_total_time_without_leaving_sockets() -> None:
     async def main() -> None:
         async with FakeServer(silent) as fake:
-            patience = Patience(total_seconds=0.3, retry_seconds=0.1, grace_seconds=0.1)
+            patience = Patience(total_seconds=1.5, retry_seconds=0.1, grace_seconds=0.1)
             forwarder = make_forwarder(fake.server, patience=patience)
             assert await forwarder.forward(QUERY, over_tcp=False) is None
             assert len(fake.received) == 2

@@ -220,7 +220,10 @@ def test_parallel_processes_never_give_one_address_twice(path):
     assert len(set(merged.values())) == len(merged) == 25 + 3 * 25
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30))
 def test_the_book_agrees_with_a_dictionary(make_book, steps):
     book = make_book(reserved=[])

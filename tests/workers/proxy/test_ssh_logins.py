@@ -192,7 +192,7 @@ def test_a_refused_client_that_stays_is_asked_for_nothing_and_sent_away(sshd, cl
         asked.append(user)
         raise MfaUnansweredError("no")
 
-    settings = SshSettings(refused_seconds=0.3)
+    settings = SshSettings(refused_seconds=2.0)
     with Gateway(tmp_path, sshd.port, refuse, settings) as gateway:
         with RawClient(gateway.port, None) as client:
             for _ in range(3):
@@ -421,10 +421,10 @@ def test_a_program_that_leaves_ends_the_question(sshd, cluster, tmp_path):
 
 def test_the_second_factor_may_take_longer_than_a_login(sshd, cluster, tmp_path):
     async def slowly(user):
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(2.2)
         return cluster.credentials(user)
 
-    settings = SshSettings(login_seconds=0.5, node_seconds=0.5)
+    settings = SshSettings(login_seconds=2.0, node_seconds=2.0)
     with Gateway(tmp_path, sshd.port, slowly, settings) as gateway:
         client = RawClient(gateway.port, trusted(gateway))
         assert client.transport.is_authenticated()

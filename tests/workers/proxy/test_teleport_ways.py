@@ -221,7 +221,7 @@ def test_a_slow_cluster_does_not_cut_the_others_off(tmp_path):
     async def scenario():
         async with (
             Bed(tmp_path) as bed,
-            connected(bed, "transport", bed.root.name, "leaf.test", timeout_seconds=0.5) as (
+            connected(bed, "transport", bed.root.name, "leaf.test", timeout_seconds=2.0) as (
                 root,
                 leaf,
             ),

@@ -25,6 +25,8 @@ from workers.proxy.upstream import Upstream
 
 # What is thrown away of a program that was refused; afterwards it is reset.
 PARTING_SECONDS = 2.0
+# In so many steps: time in which this process did not run, and read nothing, is one of them.
+PARTING_STEPS = 4
 MAX_PARTING_BYTES = 16 * 1024 * 1024
 _NOTHING = memoryview(b"")
 
@@ -202,8 +204,7 @@ class GuardedRelay(Relay):
                 self._remote.send(ending)
         self._remote.close()
         self._local.attach(self._on_parting_readable, self._on_answered, self._on_parting_error)
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(PARTING_SECONDS, self._part)
+        self._wait_for_parting(PARTING_STEPS)
         try:
             self._local.send(refused.response)
         except OSError:
@@ -213,6 +214,14 @@ class GuardedRelay(Relay):
             self._local.resume()
         if not self._local.pending_bytes:
             self._on_answered()
+
+    def _wait_for_parting(self, steps: int) -> None:
+        if not steps:
+            self._part()
+            return
+        loop = asyncio.get_running_loop()
+        seconds = PARTING_SECONDS / PARTING_STEPS
+        self._timer = loop.call_later(seconds, self._wait_for_parting, steps - 1)
 
     def _on_answered(self) -> None:
         """The kernel has the whole answer."""

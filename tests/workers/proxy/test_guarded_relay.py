@@ -371,6 +371,27 @@ def test_refused_program_that_stays_is_let_go_after_a_while(monkeypatch):
     assert answer.startswith(b"HTTP/1.1 421 ")
 
 
+def test_refused_program_is_answered_also_if_the_proxy_stood_still():
+    async def scenario(bed):
+        with program(bed.address) as connection:
+            sending = asyncio.create_task(
+                asyncio.to_thread(connection.sendall, WRONG + 2 * MEGABYTES)
+            )
+            await bed.accept()
+            await until(lambda: bed.relays[0].refused is not None)
+            time.sleep(
+                guarded_relay.PARTING_SECONDS + 0.1
+            )  # that the loop stands still is what is tested
+            await sending
+            connection.shutdown(socket.SHUT_WR)
+            answer = await asyncio.to_thread(receive_all, connection)
+            await bed.ended()
+            return answer
+
+    peer = Peer(read_to_the_end([], False), ignored_errors=(ConnectionError,))
+    assert run_in_bed(peer, scenario, make_guard=real_guard).startswith(b"HTTP/1.1 421 ")
+
+
 @pytest.mark.parametrize("what", ["held", "parting"])
 def test_abort_ends_everything_at_once(what):
     async def scenario(bed):

@@ -161,10 +161,13 @@ class Crew:
             if standby.state is WorkerState.READY:
                 self._take_over(standby)
 
-    def tick(self, now: float) -> None:
-        """Ends handovers that take too long, and begins what waits its turn."""
+    def tick(self, now: float, *, awake_since: float = 0.0) -> None:
+        """Ends handovers that take too long, and begins what waits its turn.
+
+        Before `awake_since` the supervisor stood still, and perhaps the workers with it.
+        """
         for slot, handover in list(self._handovers.items()):
-            if now > handover.give_up_at:
+            if now > max(handover.give_up_at, awake_since + HANDOVER_SECONDS):
                 log.warning("%s does not hand over and is ended", slot)
                 handover.old.kill("it did not hand over in time")
                 self._end_handover(slot)

@@ -60,7 +60,7 @@ from supervisor.metrics_endpoint import MetricsEndpoint
 from supervisor.notify import Notifier, watchdog_seconds
 from supervisor.osconfig.os_settings import OsSettings
 from supervisor.privileges import Identity
-from supervisor.probe_blame import Ready
+from supervisor.probe_blame import GAP_SECONDS, Ready
 from supervisor.probes import Prober
 from supervisor.reload_plan import ReloadPlan
 from supervisor.restart_policy import RestartLimits
@@ -112,6 +112,8 @@ class Supervisor:
         self.were_ready = False
         self.was_healthy = False
         self.started_at = time.monotonic()
+        # When the loop was there last, and since when it has not stood still.
+        self._turned_at = self._awake_since = self.started_at
         # Counters of worker processes that have ended, so that totals never fall.
         self.past_counters: dict[str, int] = {}
         self.log_book = logs.book_of(log_handler)
@@ -641,13 +643,16 @@ class Supervisor:
         for key, events in self._selector.select(self._timeout(longest)):
             key.data(events)
         now = time.monotonic()
+        if now - self._turned_at > GAP_SECONDS:
+            self._awake_since = now
+        self._turned_at = now
         self._reap(now)
         self._start_due(now)
         self._watch(now, heard_until)
         self._note_readiness(now)
         if not self._stop_is_ordered:
             self._serve_metrics(now)
-            self._crew.tick(heard_until)
+            self._crew.tick(heard_until, awake_since=self._awake_since)
             self._probe(now)
         self._in_force.tick(now)
         self._control.drop_silent(now)
@@ -759,7 +764,7 @@ class Supervisor:
     def _watch(self, now: float, heard_until: float) -> None:
         hang_seconds = self.settings.config.supervisor.hang_seconds
         for worker in self._crew:
-            worker.watch(now, hang_seconds, heard_until=heard_until)
+            worker.watch(now, hang_seconds, heard_until=heard_until, awake_since=self._awake_since)
 
     def _tell(self, message: m.Message, roles: Collection[Role]) -> None:
         for worker in self._crew:

@@ -325,19 +325,25 @@ class Worker:
         self._policy.limits = limits
         self.patience.use_restart_max(limits.restart_max)
 
-    def watch(self, now: float, hang_seconds: float, *, heard_until: float) -> None:
+    def watch(
+        self, now: float, hang_seconds: float, *, heard_until: float, awake_since: float
+    ) -> None:
         """Does what is due about a worker that is silent, or does not end as it was told.
 
-        What it said before `heard_until` (monotonic seconds) has been received.
+        What it said before `heard_until` (monotonic seconds) has been received. Before `awake_since` the
+        supervisor stood still, and perhaps the worker with it.
         """
         is_beating = self.state is WorkerState.READY or self.drains_until is not None
         if self._process is not None and (breach := self._process.log_receiver.breach):
             self.kill(breach)
         if self._escalation:
             self._escalate(now)
-        elif is_beating and heard_until - self.last_heartbeat > hang_seconds:
+        elif is_beating and heard_until - max(self.last_heartbeat, awake_since) > hang_seconds:
             self.end_hung(now, f"no heartbeat for {hang_seconds:g} s")
-        elif self.state is WorkerState.STARTING and heard_until - self.started_at > START_SECONDS:
+        elif (
+            self.state is WorkerState.STARTING
+            and heard_until - max(self.started_at, awake_since) > START_SECONDS
+        ):
             self.end_hung(now, f"not ready after {START_SECONDS:g} s")
         elif self.drains_until is not None and now > self.drains_until:
             log.warning("%s has not finished in time and is ended", self.slot)

@@ -137,6 +137,16 @@ def test_an_old_one_that_does_not_hand_over_is_killed_and_the_successor_begins()
     assert world.took_over == [successor]
 
 
+def test_an_old_one_that_stood_still_with_the_supervisor_has_its_time_to_hand_over():
+    world = World()
+    old, successor = world.swapped()
+    world.crew.tick(3600.0, awake_since=3599.0)
+    assert (old.said, world.took_over) == ([("drain", 60.0)], [])
+    world.crew.tick(3599.1 + HANDOVER_SECONDS, awake_since=3599.0)
+    assert "kill" in old.said
+    assert world.took_over == [successor]
+
+
 def test_an_old_one_that_dies_before_it_hands_over_lets_the_successor_begin():
     world = World()
     old, successor = world.swapped()

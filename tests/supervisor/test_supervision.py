@@ -152,6 +152,22 @@ def test_no_worker_is_to_blame_for_time_in_which_the_supervisor_was_stopped(dire
         assert "no heartbeat" not in run.log
 
 
+def test_a_worker_that_wakes_up_after_the_supervisor_is_not_to_blame_either(directory):
+    """As when a container goes on that was stopped with all its processes."""
+    with supervised_run(directory) as run:
+        before = pids(run.wait_until_healthy())
+        for pid in (run.pid, before["dns"]):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.8)  # more than `hang_seconds`
+        os.kill(run.pid, signal.SIGCONT)
+        time.sleep(0.5)  # some turns of its loop, and less than `hang_seconds`
+        os.kill(before["dns"], signal.SIGCONT)
+        assert pids(run.wait_until_healthy()) == before
+        # It is watched as before.
+        os.kill(before["dns"], signal.SIGSTOP)
+        run.wait_for_worker("dns", restarts=1, state=WorkerState.READY)
+
+
 def test_worker_that_never_becomes_ready_is_killed(directory, marker, monkeypatch):
     monkeypatch.setattr(slots, "START_SECONDS", 1.0)
     never = pretend_worker.never_ready

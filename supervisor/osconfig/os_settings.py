@@ -275,7 +275,10 @@ class OsSettings:
         if failure:
             found = [failure]
         # A service that is just restarted, or a file that is just written, is there at the next look.
-        sure = [text for text in found if text in self._doubtful or text in self._trouble]
+        known = [*self._doubtful, *self._trouble]
+        # What the last look has found may say the same in other words, such as another number.
+        has_changed = any(text not in found for text in self._doubtful)
+        sure = [text for text in found if has_changed or text in known]
         self._doubtful = found
         if failure in sure:
             self._tell(failure)

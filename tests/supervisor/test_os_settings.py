@@ -204,6 +204,38 @@ def test_what_only_one_look_has_found_is_no_problem(make, recorder, monkeypatch)
     assert told[: len(steps) + 2] == [[], [], [], [], gone, [], [], [], [], [str(restarts)], []]
 
 
+def test_what_each_look_finds_in_other_words_is_a_problem(make, recorder, monkeypatch):
+    """A program says its process id, for example."""
+    settings = make()
+    told = []
+
+    def check() -> list[str]:
+        told.append(settings.problems)  # after the look before
+        raise OsConfigError(f"resolvconf[{len(told)}] has failed: run it by hand.")
+
+    monkeypatch.setattr(recorder, "check", check)
+    settings.want(wish("one.test"))
+    wait_until(lambda: len(told) > 4)
+    after = [[f"resolvconf[{number}] has failed: run it by hand."] for number in (2, 3, 4)]
+    assert told[:5] == [[], [], *after]
+
+
+def test_a_new_complaint_beside_one_that_stays_is_doubted(make, recorder, monkeypatch):
+    settings = make()
+    old, new = "It is gone: do something.", "It is empty: fill it."
+    steps = [[old], [old], [old, new], [old], [old, new], [old, new]]
+    told = []
+
+    def check() -> list[str]:
+        told.append(settings.problems)  # after the step before
+        return steps[min(len(told), len(steps)) - 1]
+
+    monkeypatch.setattr(recorder, "check", check)
+    settings.want(wish("one.test"))
+    wait_until(lambda: len(told) > len(steps))
+    assert told[: len(steps) + 1] == [[], [], [old], [old], [old], [old], [old, new]]
+
+
 def test_a_back_end_that_is_impossible_leaves_vnet_running_with_a_reason(make, recorder):
     settings = make("resolved")
     settings.want(wish("one.test"))

@@ -1,6 +1,7 @@
 """The whole client on fake clusters: homes on disk, no network."""
 
 import asyncio
+import contextlib
 from datetime import timedelta
 from ipaddress import IPv4Network
 
@@ -324,7 +325,43 @@ def test_a_login_that_is_renewed_while_a_certificate_is_got_is_used_for_it(tmp_p
     asyncio.run(run())
 
 
-def test_nothing_is_missing_while_a_login_is_taken_over(tmp_path):
+class EachTurn:
+    """Does `work` in each turn of the loop while a changed home is taken over, and in no other.
+
+    Without a pause for longer than that the threads that read the home would hardly get to run.
+    """
+
+    def __init__(self, monkeypatch, work) -> None:
+        self.tasks: list[asyncio.Task[None]] = []
+        take_over = Teleport._apply
+
+        async def turns() -> None:
+            while True:
+                work()
+                await asyncio.sleep(0)
+
+        async def watched(teleport, home) -> None:
+            self.tasks.append(asyncio.create_task(turns()))
+            try:
+                await take_over(teleport, home)
+            finally:
+                self.tasks[-1].cancel()
+
+        monkeypatch.setattr(Teleport, "_apply", watched)
+
+    async def end(self) -> None:
+        """Raises what `work` has raised."""
+        for task in self.tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def ended(dial) -> None:
+    dial.cancel()
+    await asyncio.gather(dial, return_exceptions=True)
+
+
+def test_nothing_is_missing_while_a_login_is_taken_over(tmp_path, monkeypatch):
     """Names are asked for and clusters are reported between any two steps of it."""
 
     async def run():
@@ -338,15 +375,23 @@ def test_nothing_is_missing_while_a_login_is_taken_over(tmp_path):
             # What is under way is ended first, which takes some steps.
             dial = asyncio.ensure_future(bed.client.plan(target, 5432))
             await until(lambda: "generate_user_certs" in api.calls)
+            questions = []
+
+            def look() -> None:
+                assert [c.profile for c in bed.client.states()] == ["second.test", PROXY]
+                questions.append(asyncio.create_task(bed.client.resolve(NAME)))
+
+            turns = EachTurn(monkeypatch, look)
+            before = {cluster.expires for cluster in bed.client.states()}
             write_home(tmp_path, user_certificate(renewed))
             write_home(tmp_path, user_certificate(renewed), proxy="second.test")
-            before = {cluster.expires for cluster in bed.client.states()}
+            await until(lambda: not before & {c.expires for c in bed.client.states()})
             async with asyncio.timeout(20):
-                while before & {cluster.expires for cluster in bed.client.states()}:
-                    await asyncio.sleep(0)
-                    assert [c.profile for c in bed.client.states()] == ["second.test", PROXY]
-                    assert isinstance(await bed.client.resolve(NAME), AppTarget)
-            dial.cancel()
+                await turns.end()
+                assert len(questions) > 1
+                for answer in await asyncio.gather(*questions):
+                    assert isinstance(answer, AppTarget)
+            await ended(dial)
 
     asyncio.run(run())
 
@@ -802,6 +847,36 @@ def test_a_name_that_is_asked_for_while_the_login_ends_is_answered_by_what_follo
             async with asyncio.timeout(20):
                 assert isinstance(await question, found)
             assert bed.gone == [ALICE]
+
+    asyncio.run(run())
+
+
+def test_a_name_that_is_asked_for_between_two_logins_is_answered_by_what_follows(
+    tmp_path, monkeypatch
+):
+    async def run():
+        write_home(tmp_path)
+        api = FakeApi(gates={"generate_user_certs": asyncio.Event()})
+        async with Bed(tmp_path, api) as bed:
+            await bed.ready()
+            target = await bed.client.resolve(NAME)
+            # What is under way is ended first, which takes some steps.
+            dial = asyncio.ensure_future(bed.client.plan(target, 5432))
+            await until(lambda: "generate_user_certs" in api.calls)
+            questions = []
+            turns = EachTurn(
+                monkeypatch,
+                lambda: questions.append(asyncio.create_task(bed.client.resolve(NAME))),
+            )
+            subject = [(kind, "bob" if v == "alice" else v) for kind, v in USER_SUBJECT]
+            write_home(tmp_path, user_certificate(subject=subject), user="bob")
+            await until(lambda: bed.gone)
+            async with asyncio.timeout(20):
+                await turns.end()
+                assert len(questions) > 1
+                for answer in await asyncio.gather(*questions):
+                    assert isinstance(answer, AppTarget)
+            await ended(dial)
 
     asyncio.run(run())
 

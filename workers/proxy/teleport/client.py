@@ -181,11 +181,12 @@ class Teleport:
             TeleportError: the name is a cluster's, and the cluster cannot be asked.
         """
         name, home = normalise(name), self._home
+        is_changing = self._taking_over.locked()
         question = Question(name, (spelling or name).removesuffix("."), fresh)
         try:
             return await self._answer(question)
         except TeleportError:
-            if self._home is home:
+            if self._home is home and not is_changing:
                 raise
         # Some login is not the one that was asked with: what is there now answers.
         async with self._taking_over:

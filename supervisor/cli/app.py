@@ -192,7 +192,7 @@ def status(
     ] = False,
     wait: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0, help="Wait until healthy, at most so long."),
+        typer.Option(metavar="SECONDS", min=0, help="Wait until healthy, about so long at most."),
     ] = None,
     run_dir: RunDir = None,
 ) -> None:

@@ -81,7 +81,9 @@ class Sources:
         return [source.told for source in self._open.values()]
 
     async def look(self, seconds: float = TIMEOUT_SECONDS, *, again: bool = False) -> bool:
-        """Asks all, or those that have answered; whether something is new. Takes `seconds` at most.
+        """Asks all, with `again` those alone that have answered. Takes `seconds` at most.
+
+        Returns whether something is new.
 
         Raises:
             AskError: this user may not ask.

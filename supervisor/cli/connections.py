@@ -21,7 +21,7 @@ from supervisor.cli.connection_report import ConnectionList, Told, ends_of, merg
 from supervisor.cli.connection_sources import Sources
 from supervisor.cli.control_client import TIMEOUT_SECONDS, AskError, ask_status
 from supervisor.cli.orderly_run import run_in_order
-from supervisor.cli.screen import Screen, has_colour, width_of
+from supervisor.cli.screen import Screen, has_colour, is_terminal, width_of
 from supervisor.cli.socket_owners import MAX_QUESTIONS, SocketOwner, owners
 from supervisor.exits import ExitStatus
 
@@ -40,8 +40,12 @@ def run(run_dir: Path, *, watch: bool, as_json: bool) -> ExitStatus:
         AskError: VNet is not running, does not answer, or not this user.
     """
     command = _Connections(run_dir, as_json=as_json)
+    # Without a terminal there is nothing to put right, and the kernel ends this process also while a
+    # reader does not read.
+    is_in_order = watch and not as_json and is_terminal(sys.stdout)
+    live = run_in_order if is_in_order else asyncio.run
     try:
-        return run_in_order(command.watch()) if watch else asyncio.run(command.show())
+        return live(command.watch() if watch else command.show())
     except KeyboardInterrupt:
         return ExitStatus.OK
 
@@ -64,7 +68,7 @@ class _Connections:
                 # not waited for again.
                 await asyncio.sleep(sources.looked_at + WATCH_SECONDS - time.monotonic())
                 await sources.look(again=True)
-                problems = problems or sources.problems
+                problems += sources.problems
             found = self._report(problems)
         finally:
             await sources.close()

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -220,6 +223,29 @@ def test_a_proxy_that_is_slow_the_second_time_is_waited_for(vnet, capsys, monkey
     found, _ = shown(vnet, capsys)
     assert found["connections"][0]["received_per_second"] == 0.0
     assert len(looks) == 2
+
+
+def test_a_proxy_that_is_lost_the_second_time_is_missed_besides_one_that_was_before(
+    vnet, capsys, monkeypatch
+):
+    at_once, looks = connection_sources._Source.look, []
+
+    async def silent(source):
+        is_second = source in looks
+        looks.append(source)
+        found = await at_once(source)
+        if is_second or source.told.worker == "proxy-1":
+            raise TimeoutError
+        return found
+
+    vnet.open(vnet.proxy("proxy-0"))
+    vnet.proxy("proxy-1")
+    monkeypatch.setattr(connection_sources._Source, "look", silent)
+    found, _ = shown(vnet, capsys, status=ExitStatus.DEGRADED)
+    assert found["problems"] == [
+        "a proxy does not answer: vnet status may say why",
+        "proxy-0 does not answer: vnet status may say why",
+    ]
 
 
 def test_what_has_ended_is_told_at_once(vnet, capsys, monkeypatch):
@@ -527,6 +553,33 @@ def test_a_watch_as_json_leaves_the_terminal_alone(vnet):
         shown.wait_for(lambda display: '"schema":1' in display.text)
         shown.end()
         assert "\x1b" not in shown.raw
+
+
+def test_a_watch_whose_reader_does_not_read_is_ended_by_a_signal(vnet):
+    ledger = vnet.proxy()
+    for count in range(60):
+        vnet.refuse(ledger, f"reason {count} {'x' * 100}")
+    command = [VNET, "connections", "--watch", "--json", "--run-dir", str(vnet.run_dir)]
+    reading, writing = os.pipe()
+    try:
+        room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+        with subprocess.Popen(command, stdout=writing) as watch:
+            deadline = time.monotonic() + DEADLINE_SECONDS
+            while waiting_bytes(reading) < room:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            watch.terminate()
+            try:
+                assert watch.wait(DEADLINE_SECONDS) == -signal.SIGTERM
+            finally:
+                watch.kill()
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def waiting_bytes(pipe: int) -> int:
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
 def test_watching_into_a_pipe_prints_the_tables_again(vnet, watch):

@@ -47,6 +47,30 @@ def test_a_signal_between_two_steps_of_the_loop_ends_it_in_order(number):
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "cleaned up\n", "")
 
 
+def test_a_second_signal_ends_what_the_first_does_not_reach():
+    program = """
+import os
+from supervisor.cli.orderly_run import run_in_order
+
+async def work():
+    _reading, writing = os.pipe()
+    print("blocks", flush=True)
+    while True:
+        os.write(writing, bytes(4096))
+
+run_in_order(work())
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as blocked:
+        try:
+            assert blocked.stdout.readline() == b"blocks\n"
+            # Two of one kind could become one, signal(7).
+            blocked.send_signal(1)
+            blocked.send_signal(15)
+            assert blocked.wait(60) == 128 + 15
+        finally:
+            blocked.kill()
+
+
 def test_what_ends_by_itself_has_its_result_and_leaves_no_handler():
     program = (
         "import asyncio, signal; from supervisor.cli.orderly_run import run_in_order;"

@@ -116,7 +116,7 @@ class Doorkeeper:
             self._receive_hello(sender, message)
 
     def have_proxies_gone(self) -> bool:
-        """Whether the processes of all proxies that have said hello have ended, or left."""
+        """Whether the process of each slot that said hello last has ended, or left."""
         return not any(map(self._is_there, self._present.values()))
 
     def _is_there(self, proxy: Sender) -> bool:

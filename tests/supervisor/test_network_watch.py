@@ -209,6 +209,19 @@ def test_what_is_taken_away_is_put_back(command, what, sign):
     in_own_network(check)
 
 
+def lose_after_mending(monkeypatch, commands: list[str]) -> None:
+    """Carries out the last of these commands, which it takes away, each time after the interface was mended."""
+    mend = NamespaceDataPlane.mend
+
+    def mend_and_lose(plane) -> list[str]:
+        missing = mend(plane)
+        if commands:
+            ip(commands.pop())
+        return missing
+
+    monkeypatch.setattr(NamespaceDataPlane, "mend", mend_and_lose)
+
+
 @pytest.mark.parametrize(
     "command", ["-6 route delete fd60:67ec:4325::/64", "route delete 100.64.0.0/10"]
 )
@@ -216,16 +229,8 @@ def test_what_is_taken_away_during_a_look_is_put_back_and_no_problem(monkeypatch
     def check() -> None:
         watched = Watched()
         watched.settle()
-        mend = NamespaceDataPlane.mend
         commands = [command]
-
-        def mend_and_lose(plane) -> list[str]:
-            missing = mend(plane)
-            if commands:
-                ip(commands.pop())
-            return missing
-
-        monkeypatch.setattr(NamespaceDataPlane, "mend", mend_and_lose)
+        lose_after_mending(monkeypatch, commands)
         before = ip("route show dev vnet0"), ip("-6 route show dev vnet0")
         watched.watch.next_look_at = 0.0
         watched.turn()
@@ -240,17 +245,9 @@ def test_what_is_taken_away_in_two_steps_during_a_look_is_put_back_and_no_proble
     def check() -> None:
         watched = Watched()
         watched.settle()
-        mend = NamespaceDataPlane.mend
         # Programs such as "ip address flush" take one thing after the other.
         commands = ["-6 route delete fd60:67ec:4325::/64", "route delete 100.64.0.0/10"]
-
-        def mend_and_lose(plane) -> list[str]:
-            missing = mend(plane)
-            if commands:
-                ip(commands.pop())
-            return missing
-
-        monkeypatch.setattr(NamespaceDataPlane, "mend", mend_and_lose)
+        lose_after_mending(monkeypatch, commands)
         before = ip("route show dev vnet0"), ip("-6 route show dev vnet0")
         watched.watch.next_look_at = 0.0
         watched.turn()

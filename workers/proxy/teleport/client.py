@@ -387,7 +387,6 @@ class Teleport:
         self._sessions, self._names = wanted, None
         for session in before.values():
             await session.close()
-        self._names = None
         for name, owner in owners.items():
             if owner is not None and self.owner(name) != owner:
                 logger.info("the login of %s at %s is gone", owner.user, name)
